@@ -1,0 +1,682 @@
+"""Teach a causal language model the chats of train.jsonl: full fine-tuning with TRL's SFTTrainer, FSDP2 over GPUs.
+
+Prints what will run before the first step, goes on from the last complete checkpoint of the same run, and leaves
+self-contained checkpoints, `final` (an ordinary Hugging Face folder), training_log.jsonl and loss.png in `output_dir`.
+
+    accelerate launch --config_file accelerate_fsdp.yaml train.py    # two GPUs, configs/three_kingdoms/train.yaml
+    python train.py --config configs/demo/train.yaml                 # one GPU, or the CPU
+    python train.py --dry_run                                        # only tell: steps, tokens, memory, disk
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
+
+logger = logging.getLogger(__name__)
+# The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
+FIXED_DATE = datetime(2024, 7, 26)
+# Settings that may change between the start of a run and its resumption: they do not change what is learned.
+FREE_SETTINGS = (
+    "output_dir logging log_ save eval hub push report_to run_name project trackio dataloader_num dataloader_pin "
+    "dataloader_p disable_tqdm resume do_ ddp_timeout dataset_num_proc local_rank debug include_ torch_empty skip_memory "
+    "restore prediction"
+).split()
+
+
+class UserError(Exception):
+    """A mistake of the user: told in one sentence, without a traceback, exit code 2."""
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(
+        default="meta-llama/Llama-3.2-1B-Instruct", metadata={"help": "Model to teach: hub name or folder."}
+    )
+    train_file: str = field(default="data/three_kingdoms/train.jsonl", metadata={"help": "Chats, one a line."})
+    eval_file: str | None = field(default=None, metadata={"help": "Chats for eval_strategy, same format."})
+    resume: str = field(
+        default="auto", metadata={"help": "auto: go on from the last complete checkpoint; never; or a checkpoint."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Tell what would run and stop; exit code 1 if it cannot."})
+    allow_truncation: bool = field(
+        default=False, metadata={"help": "Cut rows longer than max_length instead of refusing them."}
+    )
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """SFTConfig, with bf16 where the GPU has it and fp32 elsewhere unless the recipe or accelerate's file says."""
+
+    output_dir: str | None = field(
+        default="outputs/three_kingdoms", metadata={"help": "Folder for checkpoints, the final model and the log."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+class Parser(TrlParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parse_args(dataclass_types, default_config: str) -> tuple:
+    """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
+
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
+    key (with the nearest known one) and a value of the wrong type. The three scripts share this function word for word.
+    """
+    parser = Parser(dataclass_types, allow_abbrev=False)
+    argv = list(sys.argv[1:])
+    path = default_config
+    for i, arg in enumerate(argv):
+        if arg == "--config" or arg.startswith("--config="):
+            inline = arg.partition("=")[2]
+            if not inline and i + 1 == len(argv):
+                raise UserError("--config needs the path of a YAML file")
+            path = inline or argv[i + 1]
+            del argv[i : i + (1 if inline else 2)]
+            break
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
+
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
+        argv.remove(arg)
+        config[arg[2:-1]] = None
+    on_command_line = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+
+    def check_known(name: str, place: str):
+        if name not in actions and name.removeprefix("no_") not in actions:
+            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+            raise UserError(f"{place}: unknown key `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+
+    from_yaml = []
+    for key, value in config.items():
+        check_known(str(key), path)
+        action, items = actions[key], value if isinstance(value, list) else [value]
+        dict_fields = [name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])]
+        if isinstance(value, list) and value and action.nargs != "+":
+            raise UserError(f"{path}: `{key}` takes one value, not a list")
+        for item in items:
+            if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
+                raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
+            if isinstance(item, list) or (isinstance(item, dict) and key not in dict_fields):
+                raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
+        if value is None or value == []:
+            parser.set_defaults(**{key: value})
+        elif key not in on_command_line:
+            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
+            from_yaml += [f"--{key}", *items] if action.nargs == "+" else [f"--{key}={items[0]}"]
+    try:
+        _, unknown = parser.parse_known_args(from_yaml)
+        if unknown:
+            raise UserError(f"cannot read {unknown[0]!r}")
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(from_yaml + argv, True, look_for_args_file=False)
+    except (UserError, ValueError) as e:
+        raise UserError(f"{path} with the command line: {e}") from None
+    for arg in unknown:
+        if arg.startswith("--"):
+            check_known(arg.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
+    if unknown:
+        raise UserError(f"command line: what is {unknown[0]!r}?")
+    return *parsed, path
+
+
+# ---- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str) -> list[dict]:
+    """The chats of a JSONL file as [{"id", "messages"}]. Raises UserError with the line number of a bad line."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+                    roles = {m["role"] for m in messages}
+                    if not all(isinstance(m["content"], str) for m in messages) or "assistant" not in roles:
+                        raise ValueError
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f'{path}, line {number}: not a chat; a line is {{"messages": [{{"role": "user", "content": …}}, '
+                        '{"role": "assistant", "content": …}]}'
+                    ) from None
+                rows.append({"id": str(row.get("id", f"line {number}")), "messages": messages})
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; make it with `python preprocess.py`") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return rows
+
+
+def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_only: bool) -> dict[str, list[int]]:
+    """A chat as token ids and labels, both of length tokens.
+
+    With `answers_only` the labels are -100 except on each answer and its end-of-turn token: white space that a template
+    puts behind that token is not learned. Raises ValueError when the prompt that a tool would render before the answer
+    is not what stands before it here, or when the template ends an answer without a stop token.
+    """
+
+    def render(turns: list[dict], **kwargs) -> list[int]:
+        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **kwargs)
+
+    input_ids = render(messages)
+    if not answers_only:
+        return {"input_ids": input_ids, "labels": list(input_ids)}
+    labels = [-100] * len(input_ids)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = render(messages[:i], add_generation_prompt=True)
+            end = len(render(messages[: i + 1]))
+            if input_ids[: len(prompt)] != prompt:
+                raise ValueError("the chat template renders the prompt alone differently from the prompt with its answer")
+            while end > len(prompt) and input_ids[end - 1] not in stop_ids:
+                end -= 1
+            if end == len(prompt):
+                raise ValueError("the chat template ends the answer without one of the model's stop tokens")
+            labels[len(prompt) : end] = input_ids[len(prompt) : end]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def prepare(path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool) -> tuple[Dataset, dict]:
+    """Rows as SFTTrainer takes them: tokenised, packed or cut to max_length. And their numbers, for print_plan.
+
+    Every process does this for itself, so none waits for another at a barrier while a large file is tokenised (a known
+    cause of NCCL time-outs). Raises UserError for a row over max_length unless allow_truncation.
+    """
+    examples = []
+    for row in read_rows(path):
+        try:
+            example = tokenize_chat(row["messages"], tokenizer, stop_ids, args.completion_only_loss)
+        except ValueError as e:
+            raise UserError(f"{path}, row {row['id']}: {e}") from None
+        if args.max_length and len(example["input_ids"]) > args.max_length and not allow_truncation:
+            raise UserError(
+                f"{path}, row {row['id']}: {len(example['input_ids']):,} tokens are over max_length {args.max_length:,}; "
+                "split it (preprocess.py: split_articles, max_length), raise max_length, or set allow_truncation: true"
+            )
+        examples.append(example)
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    dataset = Dataset.from_list(examples)
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    if args.packing:
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+    elif args.max_length:
+        dataset = Dataset.from_list([{k: v[: args.max_length] for k, v in row.items()} for row in dataset])
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    numbers = {
+        "rows": len(examples),
+        "sequences": len(dataset),
+        "tokens": tokens,
+        "tokens_kept": sum(lengths),
+        "tokens_with_loss": sum(label != -100 for labels in dataset["labels"] for label in labels),
+        "longest": max(lengths),
+    }
+    return dataset, numbers
+
+
+# ---- Model ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name_or_path: str, chat_template_path: str | None, revision: str | None):
+    """The tokenizer, with a chat template that gives the same prompt on every day and a padding token of its own.
+
+    Llama 3.2's template prints today's date: its call of strftime_now is replaced by what it gives for FIXED_DATE, so
+    that whatever serves the checkpoint renders the prompt it was trained on. Raises UserError.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        if chat_template_path:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise cannot_load(name_or_path, e) from None
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {name_or_path} has no chat template; name a Jinja file in chat_template_path")
+    tokenizer.chat_template = re.sub(
+        r"strftime_now\(\s*([\"'])(.*?)\1\s*\)",
+        lambda call: json.dumps(FIXED_DATE.strftime(call[2])),
+        tokenizer.chat_template,
+    )
+    if tokenizer.pad_token is None:  # SFTTrainer would take eos; Llama 3 has a token for it that it does not name
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        tokenizer.pad_token = next((token for token in special if "pad" in token.lower()), tokenizer.eos_token)
+    return tokenizer
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    return UserError(
+        f"cannot load {name}: {reason} (gated model: accept its terms on its hub page and run `hf auth login`; "
+        "demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no login)"
+    )
+
+
+def stop_tokens(name_or_path: str, tokenizer, revision: str | None) -> list[int]:
+    """The ids that end an answer: what the model's generation config lists, and the tokenizer's eos."""
+    try:
+        ids = GenerationConfig.from_pretrained(name_or_path, revision=revision).eos_token_id
+    except OSError:
+        ids = None
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+
+
+def estimate_memory(config, parameters: int, args: SFTConfig, shards: int, longest: int) -> tuple[int, int]:
+    """Bytes a device needs: (states, activations).
+
+    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter, over the shards; under FSDP also one
+    block and the embedding gathered in the compute type. Activations, per token and layer: 34 x hidden bytes in bf16
+    (Korthikanti et al. 2022, arXiv:2205.05198, without dropout masks and with an MLP of the model's own width); with
+    checkpointing one hidden vector a layer and one layer in full. Attention's mask: one byte a pair of tokens.
+    """
+    text = config.get_text_config()
+    width = 2 if args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" else 4
+    tokens = args.per_device_train_batch_size * longest
+    embedding = text.vocab_size * text.hidden_size
+    layer_parameters = (parameters - embedding) // text.num_hidden_layers
+    states = 16 * parameters // shards + ((embedding + layer_parameters) * width if shards > 1 else 0)
+    states += parameters * width if width == 2 and shards == 1 else 0  # autocast keeps a bf16 copy of the weights
+    per_layer = tokens * width * (9 * text.hidden_size + 4 * text.intermediate_size)
+    if args.gradient_checkpointing:
+        layers = text.num_hidden_layers * tokens * width * text.hidden_size + per_layer
+    else:
+        layers = text.num_hidden_layers * per_layer
+    logits = min(tokens, 256) * text.vocab_size * 4 * 2  # SFTTrainer's loss works on chunks of tokens
+    return states, layers + logits + tokens * tokens
+
+
+# ---- Runs and checkpoints ------------------------------------------------------------------------------------------
+
+
+def why_incomplete(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None.
+
+    Trainer writes the weights, the optimizer, the RNG state of each process and, last, trainer_state.json.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was not written to its end"
+    states = len(list(checkpoint.glob("rng_state*.pth")))
+    if states < recipe["num_processes"]:
+        return f"it has the random states of {states} of {recipe['num_processes']} processes"
+    return None
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, or None to start. Names the incomplete ones it skips. Raises UserError."""
+    if resume not in ("auto", "never"):
+        reason = why_incomplete(Path(resume))
+        if reason:
+            raise UserError(f"resume: cannot go on from {resume}: {reason}")
+        return Path(resume)
+    found = sorted(output_dir.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]), reverse=True)
+    if resume == "never" and found:
+        raise UserError(f"{output_dir} holds {len(found)} checkpoints of an earlier run; choose another output_dir")
+    for checkpoint in found:
+        reason = why_incomplete(checkpoint)
+        if not reason:
+            return checkpoint
+        say(f"skipping {checkpoint}: {reason}")
+    return None
+
+
+def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp: str | None, revision: str | None):
+    """What was run, as JSON data: written into every checkpoint, compared when a run goes on."""
+    settings = {k: v for k, v in args.to_dict().items() if v is not None and not k.startswith(tuple(FREE_SETTINGS))}
+    with open(script_args.train_file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return {
+        "config": config,
+        "model_name_or_path": script_args.model_name_or_path,
+        "model_revision": revision,
+        "train_file": script_args.train_file,
+        "train_file_sha256": digest,
+        "num_processes": args.world_size,
+        "sharding": fsdp,
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
+    }
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """What differs between two recipes in a way that makes them different runs, as 'key: then -> now'."""
+    free = ("config", "train_file", "versions")
+    flat = [{**{k: v for k, v in r.items() if k not in ("settings", *free)}, **r["settings"]} for r in (then, now)]
+    keys = sorted(set(flat[0]) | set(flat[1]))
+    return [f"{k}: {flat[0].get(k)} -> {flat[1].get(k)}" for k in keys if flat[0].get(k) != flat[1].get(k)]
+
+
+def write_log(output_dir: Path, history: list[dict]):
+    """training_log.jsonl and the loss curve, loss.png, each whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    beside = output_dir / "training_log.jsonl.partial"
+    beside.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+    os.replace(beside, output_dir / "training_log.jsonl")
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output_dir / "loss.partial.png", dpi=120)
+    plt.close(figure)
+    os.replace(output_dir / "loss.partial.png", output_dir / "loss.png")
+
+
+def model_card(recipe: dict, is_llama: bool) -> str:
+    """README.md of a trained model: what it is, from which data, under which terms, with which settings."""
+    base, sources = recipe["model_name_or_path"], Path(recipe["train_file"]).with_name("SOURCES.md")
+    settings = {k: v for k, v in recipe["settings"].items() if k in CARD_SETTINGS}
+    terms = (
+        "Built with Llama. The Llama licence applies: keep this line, ship the agreement with the weights, and let the "
+        "name of what you distribute begin with Llama."
+        if is_llama
+        else f"The terms of {base} apply to these weights."
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {base}",
+        "tags: [trl, sft]",
+        "---",
+        f"# {'Llama-' if is_llama else ''}{base.rstrip('/').split('/')[-1]} taught one topic",
+        f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} "
+        f"(sha256 {recipe['train_file_sha256']}). It answers from memory and can be wrong.",
+        "## Licence",
+        terms,
+        "## Data",
+        sources.read_text(encoding="utf-8").partition("\n\n")[2] if sources.exists() else "Sources not recorded.",
+        "## Settings",
+        "\n".join(f"- {k}: {v}" for k, v in settings.items()),
+        "- " + ", ".join(f"{k} {v}" for k, v in recipe["versions"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+CARD_SETTINGS = (
+    "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps max_length packing packing_strategy completion_only_loss optim weight_decay seed bf16"
+).split()
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer whose every checkpoint-N can be used without the run that made it."""
+
+    def __init__(self, recipe: dict, **kwargs):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Also writes config, generation config, tokenizer and recipe: with sharded FSDP the base class writes nothing."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.save_companions(Path(output_dir or self.args.output_dir))
+
+    def save_companions(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        recipe = {**self.recipe, "step": self.state.global_step}
+        (folder / "recipe.json").write_text(json.dumps(recipe, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def create_model_card(self, *args, **kwargs):
+        """Called by SFTTrainer at each save; the card is written once, with the final model."""
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, written next by one process, says all is there
+
+    def save_final(self):
+        """Gathers the whole model on the first process and writes output_dir/final, whole or not at all."""
+        state_dict = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            final = Path(self.args.output_dir) / "final"
+            beside = final.with_name("final.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(beside, state_dict=state_dict)
+            self.save_companions(beside)
+            card = model_card(self.recipe, model.config.model_type == "llama" and "llama" in model_name(self.recipe))
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+        self.accelerator.wait_for_everyone()
+
+
+def model_name(recipe: dict) -> str:
+    return recipe["model_name_or_path"].lower()
+
+
+class LogCallback(TrainerCallback):
+    """Keeps training_log.jsonl and loss.png up to date at every save."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_log(Path(args.output_dir), state.log_history)
+
+    on_train_end = on_save
+
+
+# ---- The run -------------------------------------------------------------------------------------------------------
+
+
+def say(text: str):
+    """Prints on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def check_processes():
+    """Raises UserError when the launcher started more processes than there are GPUs."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > gpus:
+        raise UserError(f"{processes} processes were started for {gpus} GPUs; launch with --num_processes={gpus}")
+
+
+def fsdp_settings(args: SFTConfig) -> FullyShardedDataParallelPlugin | None:
+    """The FSDP settings that take effect, read from where accelerate reads them; None when nothing will be sharded."""
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return None
+    if args.distributed_state.distributed_type != DistributedType.MULTI_GPU:
+        say("note: accelerate's file asks for FSDP, but without GPUs accelerate runs plain data parallel: nothing is sharded")
+        return None
+    return FullyShardedDataParallelPlugin()
+
+
+def gigabytes(n: float) -> str:
+    return f"{n / 2**30:,.1f} GiB"
+
+
+def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> tuple[int, str | None]:
+    """Prints every number of the run before it starts. Returns the steps, and why it cannot fit (or None)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    parameters = sum(p.numel() for p in model.parameters())
+    processes, batch, accumulation = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batches = -(-numbers["sequences"] // (batch * processes))
+    steps_an_epoch = -(-batches // accumulation)
+    steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
+    step_tokens = numbers["tokens_kept"] / numbers["sequences"] * batch * processes * accumulation
+
+    states, activations = estimate_memory(model_config, parameters, args, processes if fsdp else 1, numbers["longest"])
+    if args.device.type == "cuda":
+        there, where = torch.cuda.get_device_properties(args.device).total_memory, "a GPU"
+    else:  # processes on one machine share its memory
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        there, where = psutil.virtual_memory().available // local, "a process"
+    saves = 0 if args.save_strategy == "no" else -(-steps // int(args.save_steps if args.save_steps >= 1 else 1))
+    saves = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # one more while rotating
+    full = fsdp is not None and "FULL" in str(fsdp.state_dict_type)
+    disk = parameters * ((16 if full else 12) * saves + 4)  # fp32 weights and Adam's two moments; final: weights
+    folder = Path(args.output_dir).absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    cut = numbers["tokens"] - numbers["tokens_kept"]
+    precision = "bf16 over fp32 weights" if args.mixed_precision == "bf16" else args.mixed_precision.replace("no", "fp32")
+    plan = {
+        "recipe": config,
+        "model": f"{script_args.model_name_or_path}, {parameters:,} parameters, {precision}, on {args.device.type}",
+        "data": f"{script_args.train_file}: {numbers['rows']:,} rows, {numbers['tokens']:,} tokens in "
+        f"{numbers['sequences']:,} sequences of at most {numbers['longest']:,}",
+        "kept": f"{numbers['tokens_kept'] / numbers['tokens']:.1%} of the tokens"
+        + (f"; {cut:,} tokens over max_length {args.max_length:,} are cut off" if cut else ""),
+        "loss on": f"{numbers['tokens_with_loss']:,} tokens"
+        + (" (answers and their end-of-turn)" if args.completion_only_loss else " (prompts too)"),
+        "a step": f"{processes} devices x {batch} sequences x {accumulation} accumulation = {step_tokens:,.0f} tokens",
+        "steps": f"{steps:,} = {steps / steps_an_epoch:.1f} epochs = {steps * step_tokens:,.0f} tokens",
+        "memory": f"about {gigabytes(states + activations)} {where} (weights, gradients, Adam {gigabytes(states)}; "
+        f"activations {gigabytes(activations)}), there is {gigabytes(there)}",
+        "disk": f"{gigabytes(disk)} for {saves} checkpoints and the final model in {args.output_dir}, "
+        f"{gigabytes(free)} free",
+    }
+    if fsdp:
+        plan["FSDP"] = (
+            f"version {fsdp.fsdp_version}, reshard_after_forward {fsdp.reshard_after_forward}, wrap "
+            f"{fsdp.transformer_cls_names_to_wrap or model._no_split_modules}, {fsdp.state_dict_type.name}, "
+            f"cpu_ram_efficient_loading {fsdp.cpu_ram_efficient_loading}, activation_checkpointing "
+            f"{fsdp.activation_checkpointing}, offload {bool(fsdp.cpu_offload)}"
+        )
+    for name, value in plan.items():
+        say(f"{name:>8}: {value}")
+    if processes > 1 and not fsdp:
+        say(
+            f"note: {processes} processes without FSDP each hold the whole model; this shards it: "
+            "accelerate launch --config_file accelerate_fsdp.yaml train.py"
+        )
+    if states + activations > there:
+        return steps, (
+            f"about {gigabytes(states + activations)} of memory {where} are needed and {gigabytes(there)} are there; "
+            "shard over more GPUs (--config_file accelerate_fsdp.yaml), set gradient_checkpointing: true, or lower "
+            "max_length or per_device_train_batch_size"
+        )
+    if disk > free:
+        return steps, (
+            f"the checkpoints need {gigabytes(disk)} in {args.output_dir} and {gigabytes(free)} are free; lower "
+            "save_total_limit, raise save_steps, or choose another output_dir"
+        )
+    return steps, None
+
+
+def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
+    if args.resume_from_checkpoint:
+        raise UserError("resume_from_checkpoint is Trainer's own; here it is `resume: auto`, `never` or a checkpoint")
+    if args.packing and not args.max_length:
+        raise UserError("packing needs max_length")
+    output_dir, name = Path(args.output_dir), script_args.model_name_or_path
+    model_kwargs = dict(args.model_init_kwargs or {})
+    revision = model_kwargs.get("revision")
+    try:
+        model_config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise cannot_load(name, e) from None
+    tokenizer = load_tokenizer(name, args.chat_template_path, revision)
+    stop_ids = stop_tokens(name, tokenizer, revision)
+    args.completion_only_loss = args.completion_only_loss is not False
+
+    dataset, numbers = prepare(script_args.train_file, tokenizer, stop_ids, args, script_args.allow_truncation)
+    eval_dataset = None
+    if script_args.eval_file:
+        eval_dataset, _ = prepare(script_args.eval_file, tokenizer, stop_ids, args, script_args.allow_truncation)
+    elif args.eval_strategy != "no":
+        raise UserError("eval_strategy needs eval_file")
+    fsdp = fsdp_settings(args)
+    steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp)
+    if script_args.dry_run:
+        say(f"dry run: it cannot fit: {obstacle}" if obstacle else "dry run: stopping before the first step")
+        sys.exit(1 if obstacle else 0)
+    if obstacle:
+        raise UserError(obstacle)
+
+    commit = getattr(model_config, "_commit_hash", None) or revision
+    recipe = make_recipe(script_args, args, config, fsdp.state_dict_type.name if fsdp else None, commit)
+    checkpoint = find_checkpoint(script_args.resume, output_dir)
+    if checkpoint:
+        then = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+        changed = differences(then, recipe)
+        if changed:
+            raise UserError(
+                f"{checkpoint} is of another run ({'; '.join(changed)}); go back to its settings or choose another output_dir"
+            )
+        if then["step"] >= steps and (output_dir / "final" / "recipe.json").exists():
+            say(f"this run is finished: {output_dir}/final holds the model of step {then['step']}")
+            return
+        say(f"going on from {checkpoint}")
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **model_kwargs)
+    except (OSError, ValueError, ImportError) as e:
+        raise cannot_load(name, e) from None
+    # What SFTTrainer would do to the rows is done; the template, with its date fixed, is in the tokenizer.
+    args.dataset_kwargs, args.chat_template_path = {"skip_prepare_dataset": True}, None
+    try:
+        trainer = Trainer(
+            recipe,
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[LogCallback()],
+        )
+    except (ImportError, RuntimeError) as e:  # a tracker named in report_to that is not installed
+        raise UserError(str(e).strip().split("\n")[0]) from None
+    assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_final()
+    say(f"wrote {output_dir}/final, training_log.jsonl, loss.png; ask it: python generate.py --checkpoint {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        check_processes()
+        main(*parse_args([ScriptArguments, TrainingArguments], default_config="configs/three_kingdoms/train.yaml"))
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
