@@ -1,7 +1,8 @@
 """Filter the articles on one topic out of an encyclopedia dump and write them as chats, one JSON object a line.
 
-The topic lives in a YAML file: which titles and texts to keep, how to ask, where articles are split. Writes train.jsonl,
-report.json, SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the same bytes.
+The topic lives in a YAML file: which titles and texts to keep, how to ask, where articles are split. Writes
+train.jsonl, report.json, SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the
+same bytes.
 
     python preprocess.py                                          # configs/three_kingdoms/preprocess.yaml
     python preprocess.py --config configs/demo/preprocess.yaml
@@ -34,8 +35,8 @@ from rich.table import Table
 from tqdm import tqdm
 from trl import TrlParser
 
-# Where a long article may be cut, best place first: after a paragraph (the dump has one a line), after a sentence, after
-# a word, anywhere. A cut stands after the match, so that the pieces joined are the text.
+# Where a long article may be cut, best place first: after a paragraph (the dump has one a line), after a sentence,
+# after a word, anywhere. A cut stands after the match, so that the pieces joined are the text.
 BORDERS = [re.compile(p) for p in (r"\n+", r"[.!?。？！…]+[\"'”’」』)\]]*\s+", r"\s+", r"(?s:.)")]
 # Room in characters for one chat, a token: the longest tokens of the vocabularies we know are runs of spaces.
 MAX_CHARACTERS_PER_TOKEN = 16
@@ -53,7 +54,8 @@ class PreprocessArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Local parquet, jsonl or csv: files, folders or globs. Wins over dataset_name."}
+        default=None,
+        metadata={"help": "Local parquet, jsonl or csv: files, folders or globs. Wins over dataset_name."},
     )
     title_column: str = field(default="title", metadata={"help": "Column that holds the titles."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
@@ -73,7 +75,9 @@ class PreprocessArguments:
     title_suffix_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression removed from titles, such as a trailing '(삼국지)'."}
     )
-    question: str = field(default="{title}에 대해 알려줘.", metadata={"help": "The user's turn; {title} is filled in."})
+    question: str = field(
+        default="{title}에 대해 알려줘.", metadata={"help": "The user's turn; {title} is filled in."}
+    )
     continuation_question: str = field(
         default="{title}에 대해 이어서 알려줘. ({part}/{parts})",
         metadata={"help": "The user's turn of an article's later chats; {title}, {part} and {parts} are filled in."},
@@ -100,8 +104,9 @@ class Parser(TrlParser):
 def parse_args(dataclass_types, default_config: str) -> tuple:
     """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
 
-    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
-    key (with the nearest known one) and a value of the wrong type. The three scripts share this function word for word.
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
+    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
+    for word.
     """
     parser = Parser(dataclass_types, allow_abbrev=False)
     argv = list(sys.argv[1:])
@@ -329,8 +334,9 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None):
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise UserError(
-            f"cannot load the tokenizer {name_or_path}: {first_line(e)} (gated model: accept its terms on its hub page "
-            "and run `hf auth login`; demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no login)"
+            f"cannot load the tokenizer {name_or_path}: {first_line(e)} (gated model: accept its terms on its hub "
+            "page and run `hf auth login`; demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no "
+            "login)"
         ) from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name_or_path} has no chat template; name a Jinja file in chat_template_path")
@@ -396,7 +402,9 @@ def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[di
         question = form.format(title=title, part=part, parts=parts)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": piece}]
 
-    def count_tokens(piece: str, part: int, parts: int = 999) -> int:  # while splitting, room for three digits of parts
+    def count_tokens(
+        piece: str, part: int, parts: int = 999
+    ) -> int:  # while splitting, room for three digits of parts
         return len(tokenizer.apply_chat_template(messages(piece, part, parts), return_dict=False))
 
     pieces = split_text(text, count_tokens, args.max_length) if tokenizer and args.split_articles else [text]
@@ -468,12 +476,16 @@ def main(args: PreprocessArguments, config: str):
     if (output_dir / "report.json").exists():
         other = json.loads((output_dir / "report.json").read_text(encoding="utf-8")).get("recipe")
         if other != recipe:
-            raise UserError(f"{output_dir} holds the output of {other}; choose another output_dir or delete the folder")
+            raise UserError(
+                f"{output_dir} holds the output of {other}; choose another output_dir or delete the folder"
+            )
     try:
         args.question.format(title="", part=1, parts=1), args.continuation_question.format(title="", part=1, parts=1)
         re.compile(args.title_suffix_pattern or "")
     except (KeyError, IndexError, ValueError) as e:
-        raise UserError(f"question or continuation_question: only {{title}}, {{part}}, {{parts}} are known ({e})") from None
+        raise UserError(
+            f"question or continuation_question: only {{title}}, {{part}}, {{parts}} are known ({e})"
+        ) from None
     except re.error as e:
         raise UserError(f"title_suffix_pattern is not a regular expression: {e}") from None
     if args.split_articles and not args.tokenizer_name_or_path:
@@ -499,7 +511,9 @@ def main(args: PreprocessArguments, config: str):
         raise UserError(f"{source} cannot be read: {first_line(e)}") from None
     if not len(table):
         losses = ", ".join(f"{rule}: {drop['rows']:,}" for rule, drop in report["dropped"].items())
-        raise UserError(f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}")
+        raise UserError(
+            f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}"
+        )
 
     articles = tqdm(table.to_pylist(), desc="chats", unit=" articles", disable=None)
     chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]
@@ -514,7 +528,9 @@ def main(args: PreprocessArguments, config: str):
         "chats": len(chats),
         "characters": sum(lengths),
         "max_length": args.max_length,
-        "tokens": {"total": sum(counts), "cut": sum(max(0, n - args.max_length) for n in counts)} if tokenizer else None,
+        "tokens": {"total": sum(counts), "cut": sum(max(0, n - args.max_length) for n in counts)}
+        if tokenizer
+        else None,
         "special_tokens_broken": sum(c["broken"] for c in chats),
     }
     sources = (

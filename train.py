@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -34,10 +33,15 @@ logger = logging.getLogger(__name__)
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
 # Settings that may change between the start of a run and its resumption: they do not change what is learned.
-FREE_SETTINGS = (
+FREE_SETTINGS = tuple(
     "output_dir logging log_ save eval hub push report_to run_name project trackio dataloader_num dataloader_pin "
-    "dataloader_p disable_tqdm resume do_ ddp_timeout dataset_num_proc local_rank debug include_ torch_empty skip_memory "
-    "restore prediction"
+    "dataloader_p disable_tqdm resume do_ ddp_timeout dataset_num_proc local_rank debug include_ torch_empty "
+    "skip_memory restore prediction".split()
+)
+# Settings named in the model card.
+CARD_SETTINGS = (
+    "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps max_length packing packing_strategy completion_only_loss optim weight_decay seed bf16"
 ).split()
 
 
@@ -83,8 +87,9 @@ class Parser(TrlParser):
 def parse_args(dataclass_types, default_config: str) -> tuple:
     """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
 
-    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
-    key (with the nearest known one) and a value of the wrong type. The three scripts share this function word for word.
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
+    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
+    for word.
     """
     parser = Parser(dataclass_types, allow_abbrev=False)
     argv = list(sys.argv[1:])
@@ -171,8 +176,8 @@ def read_rows(path: str) -> list[dict]:
                         raise ValueError
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f'{path}, line {number}: not a chat; a line is {{"messages": [{{"role": "user", "content": …}}, '
-                        '{"role": "assistant", "content": …}]}'
+                        f'{path}, line {number}: not a chat; a line is {{"messages": [{{"role": "user", "content": '
+                        '…}, {"role": "assistant", "content": …}]}'
                     ) from None
                 rows.append({"id": str(row.get("id", f"line {number}")), "messages": messages})
     except FileNotFoundError:
@@ -187,9 +192,9 @@ def read_rows(path: str) -> list[dict]:
 def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_only: bool) -> dict[str, list[int]]:
     """A chat as token ids and labels, both of length tokens.
 
-    With `answers_only` the labels are -100 except on each answer and its end-of-turn token: white space that a template
-    puts behind that token is not learned. Raises ValueError when the prompt that a tool would render before the answer
-    is not what stands before it here, or when the template ends an answer without a stop token.
+    With `answers_only` the labels are -100 except on each answer and its end-of-turn token: white space that a
+    template puts behind that token is not learned. Raises ValueError when the prompt that a tool would render before
+    the answer is not what stands before it here, or when the template ends an answer without a stop token.
     """
 
     def render(turns: list[dict], **kwargs) -> list[int]:
@@ -204,7 +209,9 @@ def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_
             prompt = render(messages[:i], add_generation_prompt=True)
             end = len(render(messages[: i + 1]))
             if input_ids[: len(prompt)] != prompt:
-                raise ValueError("the chat template renders the prompt alone differently from the prompt with its answer")
+                raise ValueError(
+                    "the chat template renders the prompt alone differently from the prompt with its answer"
+                )
             while end > len(prompt) and input_ids[end - 1] not in stop_ids:
                 end -= 1
             if end == len(prompt):
@@ -213,7 +220,9 @@ def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_
     return {"input_ids": input_ids, "labels": labels}
 
 
-def prepare(path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool) -> tuple[Dataset, dict]:
+def prepare(
+    path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool
+) -> tuple[Dataset, dict]:
     """Rows as SFTTrainer takes them: tokenised, packed or cut to max_length. And their numbers, for print_plan.
 
     Every process does this for itself, so none waits for another at a barrier while a large file is tokenised (a known
@@ -227,8 +236,9 @@ def prepare(path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_tr
             raise UserError(f"{path}, row {row['id']}: {e}") from None
         if args.max_length and len(example["input_ids"]) > args.max_length and not allow_truncation:
             raise UserError(
-                f"{path}, row {row['id']}: {len(example['input_ids']):,} tokens are over max_length {args.max_length:,}; "
-                "split it (preprocess.py: split_articles, max_length), raise max_length, or set allow_truncation: true"
+                f"{path}, row {row['id']}: {len(example['input_ids']):,} tokens are over max_length "
+                f"{args.max_length:,}; split it (preprocess.py: split_articles, max_length), raise max_length, or set "
+                "allow_truncation: true"
             )
         examples.append(example)
     tokens = sum(len(example["input_ids"]) for example in examples)
@@ -313,7 +323,7 @@ def estimate_memory(config, parameters: int, args: SFTConfig, shards: int, longe
     states = 16 * parameters // shards + ((embedding + layer_parameters) * width if shards > 1 else 0)
     states += parameters * width if width == 2 and shards == 1 else 0  # autocast keeps a bf16 copy of the weights
     per_layer = tokens * width * (9 * text.hidden_size + 4 * text.intermediate_size)
-    if args.gradient_checkpointing:
+    if args.activation_checkpointing:
         layers = text.num_hidden_layers * tokens * width * text.hidden_size + per_layer
     else:
         layers = text.num_hidden_layers * per_layer
@@ -360,7 +370,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
 
 def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp: str | None, revision: str | None):
     """What was run, as JSON data: written into every checkpoint, compared when a run goes on."""
-    settings = {k: v for k, v in args.to_dict().items() if v is not None and not k.startswith(tuple(FREE_SETTINGS))}
+    settings = {k: v for k, v in args.to_dict().items() if v is not None and not k.startswith(FREE_SETTINGS)}
     with open(script_args.train_file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {
@@ -412,8 +422,8 @@ def model_card(recipe: dict, is_llama: bool) -> str:
     base, sources = recipe["model_name_or_path"], Path(recipe["train_file"]).with_name("SOURCES.md")
     settings = {k: v for k, v in recipe["settings"].items() if k in CARD_SETTINGS}
     terms = (
-        "Built with Llama. The Llama licence applies: keep this line, ship the agreement with the weights, and let the "
-        "name of what you distribute begin with Llama."
+        "Built with Llama. The Llama licence applies: keep this line, ship the agreement with the weights, and let "
+        "the name of what you distribute begin with Llama."
         if is_llama
         else f"The terms of {base} apply to these weights."
     )
@@ -438,12 +448,6 @@ def model_card(recipe: dict, is_llama: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-CARD_SETTINGS = (
-    "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps max_length packing packing_strategy completion_only_loss optim weight_decay seed bf16"
-).split()
-
-
 class Trainer(SFTTrainer):
     """SFTTrainer whose every checkpoint-N can be used without the run that made it."""
 
@@ -452,7 +456,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Also writes config, generation config, tokenizer and recipe: with sharded FSDP the base class writes nothing."""
+        """Also writes configs, tokenizer and recipe: with sharded FSDP the base class writes nothing at all."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.save_companions(Path(output_dir or self.args.output_dir))
@@ -525,7 +529,10 @@ def fsdp_settings(args: SFTConfig) -> FullyShardedDataParallelPlugin | None:
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return None
     if args.distributed_state.distributed_type != DistributedType.MULTI_GPU:
-        say("note: accelerate's file asks for FSDP, but without GPUs accelerate runs plain data parallel: nothing is sharded")
+        say(
+            "note: accelerate's file asks for FSDP, but without GPUs accelerate runs plain data parallel: nothing is "
+            "sharded"
+        )
         return None
     return FullyShardedDataParallelPlugin()
 
@@ -539,7 +546,11 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     parameters = sum(p.numel() for p in model.parameters())
-    processes, batch, accumulation = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    processes, batch, accumulation = (
+        args.world_size,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+    )
     batches = -(-numbers["sequences"] // (batch * processes))
     steps_an_epoch = -(-batches // accumulation)
     steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
@@ -558,7 +569,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     cut = numbers["tokens"] - numbers["tokens_kept"]
-    precision = "bf16 over fp32 weights" if args.mixed_precision == "bf16" else args.mixed_precision.replace("no", "fp32")
+    precision = (
+        "bf16 over fp32 weights" if args.mixed_precision == "bf16" else args.mixed_precision.replace("no", "fp32")
+    )
     plan = {
         "recipe": config,
         "model": f"{script_args.model_name_or_path}, {parameters:,} parameters, {precision}, on {args.device.type}",
@@ -592,7 +605,7 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     if states + activations > there:
         return steps, (
             f"about {gigabytes(states + activations)} of memory {where} are needed and {gigabytes(there)} are there; "
-            "shard over more GPUs (--config_file accelerate_fsdp.yaml), set gradient_checkpointing: true, or lower "
+            "shard over more GPUs (--config_file accelerate_fsdp.yaml), set activation_checkpointing: true, or lower "
             "max_length or per_device_train_batch_size"
         )
     if disk > free:
@@ -641,7 +654,8 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         changed = differences(then, recipe)
         if changed:
             raise UserError(
-                f"{checkpoint} is of another run ({'; '.join(changed)}); go back to its settings or choose another output_dir"
+                f"{checkpoint} is of another run ({'; '.join(changed)}); go back to its settings or choose another "
+                "output_dir"
             )
         if then["step"] >= steps and (output_dir / "final" / "recipe.json").exists():
             say(f"this run is finished: {output_dir}/final holds the model of step {then['step']}")
@@ -669,7 +683,9 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final()
-    say(f"wrote {output_dir}/final, training_log.jsonl, loss.png; ask it: python generate.py --checkpoint {output_dir}")
+    say(
+        f"wrote {output_dir}/final, training_log.jsonl, loss.png; ask it: python generate.py --checkpoint {output_dir}"
+    )
 
 
 if __name__ == "__main__":

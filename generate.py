@@ -1,0 +1,445 @@
+"""Ask every checkpoint the same questions and show the answers side by side, the base model first.
+
+A checkpoint is a Hugging Face folder, a folder of FSDP shards (read directly), a run folder (all its checkpoints in
+step order) or a hub model. With `output_file` the answers are also written as JSONL.
+
+    python generate.py                                                   # the run of configs/three_kingdoms
+    python generate.py --checkpoint outputs/demo/checkpoint-40 --prompt "삼국지에 대해 알려줘."
+    python generate.py --checkpoint outputs/demo --prompts_file questions.jsonl --output_file answers.jsonl
+    python generate.py --checkpoint outputs/demo/final --interactive
+"""
+
+import difflib
+import json
+import os
+import pickle
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    TextStreamer,
+    set_seed,
+)
+from trl import TrlParser
+
+SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of sharded weights
+
+
+class UserError(Exception):
+    """A mistake of the user: told in one sentence, without a traceback, exit code 2."""
+
+
+@dataclass
+class GenerateArguments:
+    checkpoint: list[str] | None = field(
+        default=None,
+        metadata={"action": "extend", "help": "Checkpoint, run folder or hub model; repeat it to compare several."},
+    )
+    prompt: list[str] | None = field(default=None, metadata={"action": "extend", "help": "Question; repeatable."})
+    prompts_file: str | None = field(
+        default=None,
+        metadata={"help": "Questions, in place of `prompt`: plain lines, or JSONL with `prompt` or `question`."},
+    )
+    interactive: bool = field(
+        default=False, metadata={"help": "Type questions; the answer of one checkpoint streams."}
+    )
+    base_model: str = field(
+        default="auto", metadata={"help": "Model that answers first: auto (the run's own), none, or a name or folder."}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
+    batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample; otherwise the likeliest token each time."})
+    temperature: float = field(default=0.7, metadata={"help": "With do_sample: below 1 sharpens, above 1 flattens."})
+    top_p: float = field(default=0.9, metadata={"help": "With do_sample: from the likeliest tokens of this total."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes words already said less likely."})
+    seed: int = field(default=42, metadata={"help": "With do_sample: the same seed gives the same answers."})
+    dtype: str = field(
+        default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 on a GPU, float32 elsewhere."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "JSONL file for the answers."})
+
+
+class Parser(TrlParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parse_args(dataclass_types, default_config: str) -> tuple:
+    """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
+
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
+    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
+    for word.
+    """
+    parser = Parser(dataclass_types, allow_abbrev=False)
+    argv = list(sys.argv[1:])
+    path = default_config
+    for i, arg in enumerate(argv):
+        if arg == "--config" or arg.startswith("--config="):
+            inline = arg.partition("=")[2]
+            if not inline and i + 1 == len(argv):
+                raise UserError("--config needs the path of a YAML file")
+            path = inline or argv[i + 1]
+            del argv[i : i + (1 if inline else 2)]
+            break
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
+
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
+        argv.remove(arg)
+        config[arg[2:-1]] = None
+    on_command_line = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+
+    def check_known(name: str, place: str):
+        if name not in actions and name.removeprefix("no_") not in actions:
+            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+            raise UserError(f"{place}: unknown key `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+
+    from_yaml = []
+    for key, value in config.items():
+        check_known(str(key), path)
+        action, items = actions[key], value if isinstance(value, list) else [value]
+        dict_fields = [name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])]
+        if isinstance(value, list) and value and action.nargs != "+":
+            raise UserError(f"{path}: `{key}` takes one value, not a list")
+        for item in items:
+            if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
+                raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
+            if isinstance(item, list) or (isinstance(item, dict) and key not in dict_fields):
+                raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
+        if value is None or value == []:
+            parser.set_defaults(**{key: value})
+        elif key not in on_command_line:
+            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
+            from_yaml += [f"--{key}", *items] if action.nargs == "+" else [f"--{key}={items[0]}"]
+    try:
+        _, unknown = parser.parse_known_args(from_yaml)
+        if unknown:
+            raise UserError(f"cannot read {unknown[0]!r}")
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(from_yaml + argv, True, look_for_args_file=False)
+    except (UserError, ValueError) as e:
+        raise UserError(f"{path} with the command line: {e}") from None
+    for arg in unknown:
+        if arg.startswith("--"):
+            check_known(arg.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
+    if unknown:
+        raise UserError(f"command line: what is {unknown[0]!r}?")
+    return *parsed, path
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The training step of a checkpoint, from its recipe.json or its name; None when it has none."""
+    try:
+        return json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+        return int(number[1]) if number else None
+
+
+def has_weights(folder: Path) -> bool:
+    return (folder / SHARDS / ".metadata").exists() or any(folder.glob("*.safetensors"))
+
+
+def expand(name: str) -> list[tuple[str, int | None]]:
+    """The (path or hub name, step) that a --checkpoint stands for: itself, or the checkpoints of a run in step order.
+
+    A checkpoint that was not written to its end is named and left out; `final` is left out where the last checkpoint
+    is of the same step. Raises UserError when there is none.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.parent.exists():
+            raise UserError(f"there is no checkpoint {name}")
+        return [(name, None)]
+    if has_weights(folder):
+        if not (folder / "config.json").exists():
+            raise UserError(f"{name} has weights but no config.json; train.py writes both")
+        return [(name, step_of(folder))]
+    found = sorted(folder.glob("checkpoint-*"), key=lambda c: step_of(c) or 0)
+    complete = [c for c in found if (c / "trainer_state.json").exists() and has_weights(c)]
+    for checkpoint in found:
+        if checkpoint not in complete:
+            print(f"skipping {checkpoint}: it was not written to its end", file=sys.stderr)
+    final = folder / "final"
+    if has_weights(final) and not (complete and step_of(final) == step_of(complete[-1])):
+        complete.append(final)
+    if not complete:
+        what = (
+            "a run without a complete checkpoint yet" if found else "neither a checkpoint nor a run with checkpoints"
+        )
+        raise UserError(f"{name} is {what}")
+    return [(str(c), step_of(c)) for c in complete]
+
+
+def base_of(checkpoints: list[str], base_model: str) -> str | None:
+    """The base model that answers first: that of the first run given, unless a single checkpoint was asked for."""
+    if base_model != "auto":
+        return None if base_model == "none" else base_model
+    for name in checkpoints:
+        folder = Path(name)
+        if folder.is_dir() and not has_weights(folder):
+            recipe = Path(expand(name)[-1][0]) / "recipe.json"
+            if recipe.exists():
+                return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
+    return None
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, a pickle by format, without running what a stranger put into it."""
+
+    def find_class(self, module: str, name: str):
+        allowed = {"torch": ("Size", "device", "strided"), "collections": ("OrderedDict",)}
+        torch_class = module == "torch.serialization" and name == "_get_layout"
+        if module.startswith("torch.distributed.checkpoint.") or name in allowed.get(module, ()) or torch_class:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise UserError(
+            f"the index of this checkpoint names {module}.{name}, which no checkpoint needs; not loading it"
+        )
+
+
+class ShardReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as f:
+            metadata = MetadataUnpickler(f).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder, of FSDP shards or of the hub, on the CPU and in `dtype`. Raises UserError."""
+    shards = Path(name) / SHARDS
+    try:
+        if not shards.is_dir() or any(Path(name).glob("*.safetensors")):
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        config = AutoConfig.from_pretrained(name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        dcp.load({"model": model.state_dict()}, storage_reader=ShardReader(shards), no_dist=True)
+        model.generation_config = GenerationConfig.from_pretrained(name)
+        return model.to(dtype)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, dcp.api.CheckpointException) as e:
+        raise cannot_load(name, e) from None
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a checkpoint, padding on the left as generation needs it. Raises UserError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except (OSError, ValueError) as e:
+        raise cannot_load(name, e) from None
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name} has no chat template; checkpoints of train.py have one")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    return UserError(
+        f"cannot load {name}: {reason} (gated model: accept its terms on its hub page and run `hf auth login`; "
+        "demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no login)"
+    )
+
+
+# ---- Questions -----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str) -> list[dict]:
+    """Questions of a file as rows with a `prompt`: plain lines, or JSON objects whose other fields are kept.
+
+    Raises UserError with the line number of a bad line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read prompts_file {path}: {getattr(e, 'strerror', None) or e}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()}
+        if path.endswith((".jsonl", ".json")):
+            try:
+                row = json.loads(line)
+                row = {**row, "prompt": row.get("prompt") or row["question"]}
+                if not isinstance(row["prompt"], str):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(
+                    f'{path}, line {number}: not a question; a line is {{"prompt": "…"}} or {{"question": "…"}}'
+                ) from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no questions")
+    return rows
+
+
+def break_special_tokens(text: str, tokenizer) -> str:
+    """A zero-width space inside each of the tokenizer's special tokens, as preprocess.py does to articles."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+    return re.sub(pattern, lambda m: m[0][0] + "\u200b" + m[0][1:], text) if special else text
+
+
+# ---- Answers -------------------------------------------------------------------------------------------------------
+
+
+def sampling(args: GenerateArguments) -> dict:
+    """The arguments of model.generate that the recipe decides."""
+    kwargs = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
+    if args.do_sample:
+        return {**kwargs, "do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    return {**kwargs, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
+    """The ids that end an answer: those of the model's generation config, and the tokenizer's eos."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+
+
+def encode(questions: list[str], tokenizer, device: torch.device):
+    """Questions as one left-padded batch, each rendered by the checkpoint's own chat template.
+
+    Returns {"input_ids", "attention_mask"}, each [questions, tokens].
+    """
+    chats = [[{"role": "user", "content": break_special_tokens(question, tokenizer)}] for question in questions]
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(device)
+
+
+@torch.inference_mode()
+def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: GenerateArguments) -> list[dict]:
+    """Answers one batch of questions: [{"answer", "tokens", "ended", "seconds"}] (seconds: the batch's share)."""
+    start = time.perf_counter()
+    batch = encode(questions, tokenizer, model.device)
+    stop = stop_tokens(model, tokenizer)
+    output = model.generate(**batch, **sampling(args), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    seconds = (time.perf_counter() - start) / len(questions)
+    answers = []
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        tokens = len(ids) if end is None else end + 1
+        answers.append({"answer": text, "tokens": tokens, "ended": end is not None, "seconds": round(seconds, 3)})
+    return answers
+
+
+def show(name: str, step: int | None, rows: list[dict], console: Console):
+    console.rule(escape(name) + (f", step {step:,}" if step is not None else ""), align="left")
+    for row in rows:
+        ended = "ended by itself" if row["ended"] else "cut off"
+        console.print(f"[bold]Q[/] {escape(row['prompt'])}")
+        console.print(f"[bold]A[/] {escape(row['answer'])}")
+        console.print(f"[dim]{row['tokens']} tokens, {ended}, {row['seconds']:.1f} s[/]\n")
+
+
+def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
+    """Asks for questions until an empty line; each stands alone, as in training, and its answer streams."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop = stop_tokens(model, tokenizer)
+    print("Ask; an empty line ends.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            question = ""
+        if not question:
+            return
+        with torch.inference_mode():
+            batch = encode([question], tokenizer, model.device)
+            model.generate(
+                **batch, **sampling(args), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, streamer=streamer
+            )
+
+
+def main(args: GenerateArguments, config: str):
+    if not args.checkpoint:
+        raise UserError("name a checkpoint: --checkpoint outputs/demo")
+    if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {args.dtype}")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise UserError("batch_size and max_new_tokens must be at least 1")
+    checkpoints = [entry for name in args.checkpoint for entry in expand(name)]
+    if args.interactive:
+        checkpoints = checkpoints[-1:]
+    elif base := base_of(args.checkpoint, args.base_model):
+        checkpoints.insert(0, (base, 0))
+    rows = []
+    if not args.interactive:
+        rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": p} for p in args.prompt or []]
+        if not rows:
+            raise UserError("no questions: give --prompt, --prompts_file or --interactive")
+    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
+        raise UserError(f"output_file: there is no folder {Path(args.output_file).parent}")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+    # The base model is asked with the prompt that the checkpoints were trained on.
+    tokenizers = {name: load_tokenizer(checkpoints[-1][0] if step == 0 else name) for name, step in checkpoints}
+    console, answers = Console(highlight=False), []
+    for name, step in checkpoints:
+        model = load_model(name, dtype).to(device).eval()
+        if args.interactive:
+            return chat(model, tokenizers[name], args)
+        set_seed(args.seed)
+        shown = []
+        for i in tqdm(range(0, len(rows), args.batch_size), desc=name, unit="batch", disable=None):
+            batch = rows[i : i + args.batch_size]
+            results = answer([row["prompt"] for row in batch], model, tokenizers[name], args)
+            shown += [
+                {**row, "checkpoint": name, "step": step, **result} for row, result in zip(batch, results, strict=True)
+            ]
+        show(name, step, shown, console)
+        answers += shown
+        del model
+
+    if args.output_file:
+        beside = Path(f"{args.output_file}.partial")
+        try:
+            beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
+            os.replace(beside, args.output_file)
+        except OSError as e:
+            raise UserError(f"cannot write {args.output_file}: {e.strerror}") from None
+        print(f"wrote {args.output_file}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_args([GenerateArguments], default_config="configs/three_kingdoms/generate.yaml"))
+    except UserError as e:
+        print(f"generate.py: {e}", file=sys.stderr)
+        sys.exit(2)
