@@ -215,19 +215,24 @@ def base_of(checkpoints: list[str], base_model: str) -> str | None:
 class MetadataUnpickler(pickle.Unpickler):
     """Reads the index of a sharded checkpoint, a pickle by format, without running what a stranger put into it."""
 
+    allowed = {
+        "torch.distributed.checkpoint.metadata": "ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+        "TensorProperties TensorStorageMetadata BytesStorageMetadata _MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+        "torch": "Size bfloat16 float16 float32",
+        "pathlib": "PosixPath WindowsPath PurePosixPath PureWindowsPath",
+    }
+
     def find_class(self, module: str, name: str):
-        allowed = {"torch": ("Size", "device", "strided"), "collections": ("OrderedDict",)}
-        torch_class = module == "torch.serialization" and name == "_get_layout"
-        if module.startswith("torch.distributed.checkpoint.") or name in allowed.get(module, ()) or torch_class:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise UserError(
-            f"the index of this checkpoint names {module}.{name}, which no checkpoint needs; not loading it"
-        )
+        if name not in self.allowed.get(module, "").split():
+            raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
 
 
 class ShardReader(dcp.FileSystemReader):
+    """torch's reader of shards, with the index read by MetadataUnpickler."""
+
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as f:
             metadata = MetadataUnpickler(f).load()
@@ -244,10 +249,12 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         config = AutoConfig.from_pretrained(name)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        dcp.load({"model": model.state_dict()}, storage_reader=ShardReader(shards), no_dist=True)
+        reader = ShardReader(shards)
+        reader.read_metadata()  # torch hides its errors behind its own
+        dcp.load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
         model.generation_config = GenerationConfig.from_pretrained(name)
         return model.to(dtype)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, dcp.api.CheckpointException) as e:
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as e:
         raise cannot_load(name, e) from None
 
 

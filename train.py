@@ -25,7 +25,9 @@ import psutil
 import torch
 import yaml
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from torch.distributed.fsdp import CPUOffloadPolicy
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
 
@@ -76,6 +78,10 @@ class TrainingArguments(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns at each epoch otherwise
+        # Without a GPU accelerate joins its processes only when told that they are to use the CPU: else each would
+        # train alone, all into one folder. (ACCELERATE_TORCH_DEVICE: accelerate was told a device by name.)
+        self.use_cpu |= not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ
         super().__post_init__()
 
 
@@ -228,8 +234,8 @@ def prepare(
     Every process does this for itself, so none waits for another at a barrier while a large file is tokenised (a known
     cause of NCCL time-outs). Raises UserError for a row over max_length unless allow_truncation.
     """
-    examples = []
-    for row in read_rows(path):
+    examples, hidden = [], None if args.process_index == 0 else True  # None: hidden unless a terminal
+    for row in tqdm(read_rows(path), desc="tokenizing", unit=" rows", disable=hidden):
         try:
             example = tokenize_chat(row["messages"], tokenizer, stop_ids, args.completion_only_loss)
         except ValueError as e:
@@ -388,7 +394,7 @@ def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp
 
 def differences(then: dict, now: dict) -> list[str]:
     """What differs between two recipes in a way that makes them different runs, as 'key: then -> now'."""
-    free = ("config", "train_file", "versions")
+    free = ("config", "train_file", "versions", "step")
     flat = [{**{k: v for k, v in r.items() if k not in ("settings", *free)}, **r["settings"]} for r in (then, now)]
     keys = sorted(set(flat[0]) | set(flat[1]))
     return [f"{k}: {flat[0].get(k)} -> {flat[1].get(k)}" for k in keys if flat[0].get(k) != flat[1].get(k)]
@@ -485,6 +491,8 @@ class Trainer(SFTTrainer):
             beside = final.with_name("final.partial")
             shutil.rmtree(beside, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model)
+            for tied in model.all_tied_weights_keys:  # gathered, they no longer share memory: store them once
+                state_dict.pop(tied, None)
             model.save_pretrained(beside, state_dict=state_dict)
             self.save_companions(beside)
             card = model_card(self.recipe, model.config.model_type == "llama" and "llama" in model_name(self.recipe))
@@ -593,7 +601,8 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
             f"version {fsdp.fsdp_version}, reshard_after_forward {fsdp.reshard_after_forward}, wrap "
             f"{fsdp.transformer_cls_names_to_wrap or model._no_split_modules}, {fsdp.state_dict_type.name}, "
             f"cpu_ram_efficient_loading {fsdp.cpu_ram_efficient_loading}, activation_checkpointing "
-            f"{fsdp.activation_checkpointing}, offload {bool(fsdp.cpu_offload)}"
+            f"{fsdp.activation_checkpointing}, "
+            f"offload {isinstance(fsdp.cpu_offload, CPUOffloadPolicy)}"
         )
     for name, value in plan.items():
         say(f"{name:>8}: {value}")
@@ -621,6 +630,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         raise UserError("resume_from_checkpoint is Trainer's own; here it is `resume: auto`, `never` or a checkpoint")
     if args.packing and not args.max_length:
         raise UserError("packing needs max_length")
+    disable_progress_bars()  # those of datasets: one for each step of packing, in every process
     output_dir, name = Path(args.output_dir), script_args.model_name_or_path
     model_kwargs = dict(args.model_init_kwargs or {})
     revision = model_kwargs.get("revision")

@@ -1,0 +1,156 @@
+"""Real FSDP2 on two CPU processes over gloo: train, shard, go on, answer from the shards."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, read_jsonl, run, script
+from test_train import losses, same, weights
+
+pytestmark = pytest.mark.slow
+PLAIN = ("--packing", "false")  # an even number of sequences, so that one process can take the very same batches
+
+
+def launch(config: Path, *arguments, fsdp: bool = True, ok: bool = True):
+    """`accelerate launch --config_file config train.py …`, on processes that take themselves for GPUs if `fsdp`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command += [ROOT / "tests/gloo_fsdp.py", "train.py"] if fsdp else ["train.py"]
+    env = {"OMP_NUM_THREADS": "1", **({"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {})}
+    return run(*command, *arguments, env=env, ok=ok)
+
+
+def test_without_gpus_plain_data_parallel_trains(recipe, tmp_path):
+    result = launch(ROOT / "accelerate_fsdp.yaml", "--config", recipe, "--output_dir", tmp_path, fsdp=False)
+    assert "2 devices" in result.stdout and losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert (tmp_path / "checkpoint-8" / "rng_state_1.pth").exists() and (tmp_path / "final/model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def fp32_config(tmp_path_factory) -> Path:
+    """accelerate_fsdp.yaml with fp32 arithmetic, to compare with one process."""
+    config = yaml.safe_load((ROOT / "accelerate_fsdp.yaml").read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("accelerate") / "fp32.yaml"
+    path.write_text(yaml.safe_dump({**config, "mixed_precision": "no"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharded_run(recipe, fp32_config, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("fsdp") / "run"
+    return output_dir, launch(fp32_config, "--config", recipe, "--output_dir", output_dir, *PLAIN)
+
+
+def test_the_run_was_sharded(sharded_run):
+    output_dir, result = sharded_run
+    assert "FSDP: version 2, reshard_after_forward True" in result.stdout and "LlamaDecoderLayer" in result.stdout
+    assert result.stdout.count("  recipe: ") == 1  # the first process speaks for all
+    for step in (4, 8):
+        shards = {path.name for path in (output_dir / f"checkpoint-{step}" / "pytorch_model_fsdp_0").iterdir()}
+        assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        there = {path.name for path in (output_dir / f"checkpoint-{step}").iterdir()}
+        assert {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "recipe.json",
+        } <= there
+    assert losses(output_dir)[-1] < losses(output_dir)[0]
+
+
+def test_final_equals_a_single_process_run(sharded_run, recipe, tmp_path):
+    script("train.py", "--config", recipe, "--output_dir", tmp_path, *PLAIN, "--gradient_accumulation_steps", "2")
+    one, two = weights(tmp_path / "final"), weights(sharded_run[0] / "final")
+    assert one.keys() == two.keys()
+    size = [(folder / "final" / "model.safetensors").stat().st_size for folder in (tmp_path, sharded_run[0])]
+    assert abs(size[0] - size[1]) < 1000  # tied weights are stored once there too
+    for name in one:
+        assert two[name].dtype == torch.float32
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(sharded_run, recipe, fp32_config, tmp_path):
+    output_dir, _ = sharded_run
+    again = tmp_path / "run"
+    shutil.copytree(output_dir, again)
+    shutil.rmtree(again / "final")
+    (again / "checkpoint-8" / "rng_state_1.pth").unlink()
+    result = launch(fp32_config, "--config", recipe, "--output_dir", again, *PLAIN)
+    assert "checkpoint-8: it has the random states of 1 of 2 processes" in result.stdout
+    assert f"going on from {again}/checkpoint-4" in result.stdout
+    assert same(weights(again / "final"), weights(output_dir / "final")) and losses(again) == losses(output_dir)
+
+
+def test_shards_answer_as_the_final_model(sharded_run, tmp_path):
+    output_dir, _ = sharded_run
+    answers = tmp_path / "answers.jsonl"
+    script(
+        "generate.py", "--checkpoint", output_dir / "checkpoint-8", "--checkpoint", output_dir / "final",
+        "--prompt", "조조에 대해 알려줘.", "--prompt", "관도 대전에 대해 알려줘.", "--max_new_tokens", "24", "--output_file", answers,
+    )  # fmt: skip
+    rows = read_jsonl(answers)
+    assert [row["step"] for row in rows] == [8] * 4 and len({row["checkpoint"] for row in rows}) == 2
+    assert [row["answer"] for row in rows[:2]] == [row["answer"] for row in rows[2:]] and any(
+        row["answer"] for row in rows
+    )
+
+
+def test_export_writes_tied_weights_once(sharded_run, tmp_path):
+    from safetensors import safe_open
+
+    output_dir, _ = sharded_run
+    script("tools/export.py", "--checkpoint", output_dir / "checkpoint-8", "--output_dir", tmp_path / "exported")
+    with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as f:
+        names = set(f.keys())
+        assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+        assert all(f.get_tensor(name).dtype == torch.bfloat16 for name in names)
+    final = weights(output_dir / "final")
+    for name, tensor in weights(tmp_path / "exported").items():
+        assert torch.equal(tensor, final[name].to(torch.bfloat16).float())
+    assert sorted(json.loads((tmp_path / "exported" / "generation_config.json").read_text())["eos_token_id"]) == [1, 2]
+
+
+def test_a_planted_payload_is_refused(sharded_run, tmp_path):
+    checkpoint, witness = tmp_path / "checkpoint-8", tmp_path / "ran"
+    shutil.copytree(sharded_run[0] / "checkpoint-8", checkpoint)
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (witness,))
+
+    (checkpoint / "pytorch_model_fsdp_0" / ".metadata").write_bytes(pickle.dumps(Payload()))
+    result = script("generate.py", "--checkpoint", checkpoint, "--prompt", "?", ok=False)
+    assert result.returncode == 2 and "which no checkpoint needs" in result.stderr and not witness.exists()
+
+
+def test_the_shipped_file_trains_in_bf16_over_fp32_weights(recipe, tmp_path):
+    result = launch(ROOT / "accelerate_fsdp.yaml", "--config", recipe, "--output_dir", tmp_path)
+    assert "bf16 over fp32 weights" in result.stdout
+    assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.float32}
+    assert "FSDP" not in json.loads((tmp_path / "final" / "config.json").read_text())["architectures"][0]
+    tensors = json.loads((tmp_path / "checkpoint-8" / "config.json").read_text())
+    assert tensors["architectures"] == ["LlamaForCausalLM"] and tensors["dtype"] == "float32"
+
+
+def test_without_gpus_it_says_that_nothing_is_sharded(recipe, tmp_path):
+    result = launch(
+        ROOT / "accelerate_fsdp.yaml", "--config", recipe, "--output_dir", tmp_path, "--dry_run", fsdp=False
+    )
+    assert result.stdout.count("plain data parallel: nothing is sharded") == 1
+    assert "2 devices x 1 sequences" in result.stdout
+    assert result.stdout.count("each hold the whole model; this shards it: accelerate launch --config_file") == 1
+
+
+def test_a_mistake_is_told_once_by_the_first_process(recipe, tmp_path):
+    result = launch(ROOT / "accelerate_fsdp.yaml", "--config", recipe, "--train_file", tmp_path / "no.jsonl", ok=False)
+    assert result.returncode == 1 and (result.stdout + result.stderr).count("train.py: there is no file") == 1
+
+
+def test_plain_and_sharded_runs_do_not_continue_each_other(sharded_run, recipe):
+    result = script("train.py", "--config", recipe, "--output_dir", sharded_run[0], *PLAIN, ok=False)
+    assert result.returncode == 2 and "sharding: SHARDED_STATE_DICT -> None" in result.stderr

@@ -1,0 +1,211 @@
+"""What is learned (and only that), what a checkpoint holds, and how a run goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA_LIKE_TEMPLATE, read_jsonl, script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in read_jsonl(output_dir / "training_log.jsonl") if "loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "llama_tokenizer"])
+def test_loss_is_on_the_answer_and_its_end_of_turn(which, request):
+    tokenizer = request.getfixturevalue(which)
+    messages = [
+        {"role": "user", "content": "조조의 자는?"},
+        {"role": "assistant", "content": "맹덕(孟德)이다."},
+        {"role": "user", "content": "그럼 유비는?"},
+        {"role": "assistant", "content": "현덕이다."},
+    ]
+    row = train.tokenize_chat(messages, tokenizer, [tokenizer.eos_token_id], answers_only=True)
+    learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned) == "맹덕(孟德)이다.<|eot_id|>현덕이다.<|eot_id|>"
+    assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"], strict=True))
+    row = train.tokenize_chat(messages, tokenizer, [tokenizer.eos_token_id], answers_only=False)
+    assert row["labels"] == row["input_ids"]
+
+
+def test_white_space_behind_the_end_of_turn_is_not_learned(tokenizer, monkeypatch):
+    """Gemma's and Qwen's own templates put a line break behind it."""
+    template = LLAMA_LIKE_TEMPLATE.replace('trim + "<|eot_id|>"', 'trim + "<|eot_id|>\\n"')
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    messages = [{"role": "user", "content": "자는?"}, {"role": "assistant", "content": "맹덕이다."}]
+    row = train.tokenize_chat(messages, tokenizer, [tokenizer.eos_token_id], answers_only=True)
+    assert tokenizer.decode(row["input_ids"]).endswith("<|eot_id|>\n")
+    learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned) == "맹덕이다.<|eot_id|>"
+
+
+def test_a_prompt_is_the_same_on_every_day(finished_run, recipe, chats, monkeypatch):
+    """Whatever renders the checkpoint's own files gives the prompt that was trained on, also in other years."""
+    import transformers.utils.chat_template_utils as utils
+
+    raw = AutoTokenizer.from_pretrained(train.yaml.safe_load(recipe.read_text())["model_name_or_path"])
+    assert "strftime_now" in raw.chat_template
+    messages = read_jsonl(chats)[0]["messages"]
+    trained = AutoTokenizer.from_pretrained(finished_run / "checkpoint-4")
+    first = train.load_tokenizer(raw.name_or_path, None, None)
+    row = train.tokenize_chat(messages, first, [first.eos_token_id], answers_only=True)
+    prompt = row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != -100)]
+
+    class LaterDay(utils.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 2, 3)
+
+    monkeypatch.setattr(utils, "datetime", LaterDay)
+    assert "03 Feb 2031" in raw.apply_chat_template(messages, tokenize=False)
+    later = trained.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert later == prompt and "26 Jul 2024" in trained.decode(later)
+
+
+def test_packed_documents_see_only_themselves(tiny_model, chats):
+    tokenizer = train.load_tokenizer(str(tiny_model), None, None)
+    args = train.TrainingArguments(
+        output_dir="x", packing=True, max_length=512, completion_only_loss=True, use_cpu=True
+    )
+    packed, numbers = train.prepare(str(chats), tokenizer, [tokenizer.eos_token_id], args, allow_truncation=False)
+    assert numbers["tokens_kept"] == numbers["tokens"] and numbers["sequences"] < numbers["rows"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    collator = train.SFTTrainer(
+        model=model,
+        args=train.TrainingArguments(
+            output_dir="x", packing=True, max_length=512, use_cpu=True, dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=packed,
+        processing_class=tokenizer,
+    ).data_collator
+    sequence = packed[0]
+    assert len(sequence["seq_lengths"]) > 1
+    batch = collator([sequence])
+    with torch.no_grad():
+        together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+        start = 0
+        for length in sequence["seq_lengths"]:
+            alone = model(input_ids=batch["input_ids"][:, start : start + length]).logits[0]
+            assert torch.allclose(together[start : start + length], alone, atol=1e-5)
+            start += length
+
+
+def test_every_checkpoint_is_self_contained(finished_run):
+    for name in ("checkpoint-4", "checkpoint-8", "final"):
+        folder = finished_run / name
+        there = {path.name for path in folder.iterdir()}
+        assert {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "recipe.json",
+        } <= there
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.pad_token == "<|finetune_right_pad_id|>" != tokenizer.eos_token
+        assert set(model.generation_config.eos_token_id) == {1, 2}  # <|end_of_text|> and <|eot_id|>: both still end
+        assert json.loads((folder / "recipe.json").read_text())["settings"]["learning_rate"] == 1e-3
+    assert same(weights(finished_run / "checkpoint-8"), weights(finished_run / "final"))
+    card = (finished_run / "final" / "README.md").read_text(encoding="utf-8")
+    assert (
+        "Built with Llama" in card and card.splitlines()[6].startswith("# Llama-") and "learning_rate: 0.001" in card
+    )
+    assert not (finished_run / "final" / "training_args.bin").exists()  # a pickle
+    log = losses(finished_run)
+    assert len(log) == 8 and log[-1] < log[0]
+    assert (finished_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished_run, recipe, tmp_path):
+    """As after a SIGKILL between steps 4 and 8 while checkpoint-8 was being written."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "final")
+    (run / "training_log.jsonl").unlink()
+    (run / "checkpoint-8" / "trainer_state.json").unlink()
+    result = script("train.py", "--config", recipe, "--output_dir", run)
+    assert f"skipping {run}/checkpoint-8: it was not written to its end" in result.stdout
+    assert f"going on from {run}/checkpoint-4" in result.stdout
+    assert same(weights(run / "final"), weights(finished_run / "final"))
+    assert losses(run) == losses(finished_run)
+    again = script("train.py", "--config", recipe, "--output_dir", run)
+    assert "this run is finished" in again.stdout
+
+
+def test_a_run_with_other_settings_is_not_resumed(finished_run, recipe, chats, tmp_path):
+    result = script("train.py", "--config", recipe, "--output_dir", finished_run, "--learning_rate", "2e-3", ok=False)
+    assert result.returncode == 2 and "learning_rate: 0.001 -> 0.002" in result.stderr
+    other = tmp_path / "train.jsonl"
+    other.write_text("".join(chats.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
+    result = script("train.py", "--config", recipe, "--output_dir", finished_run, "--train_file", other, ok=False)
+    assert result.returncode == 2 and "train_file_sha256" in result.stderr
+    result = script("train.py", "--config", recipe, "--output_dir", finished_run, "--resume", "never", ok=False)
+    assert result.returncode == 2 and "earlier run" in result.stderr
+
+
+def test_dry_run_tells_the_numbers(recipe, chats, tmp_path):
+    result = script("train.py", "--config", recipe, "--dry_run", "--output_dir", tmp_path / "run")
+    rows = len(read_jsonl(chats))
+    for part in (f"{rows} rows", "100.0% of the tokens", "1 devices x 1 sequences x 1 accumulation", "steps: 8 ="):
+        assert part in result.stdout
+    assert "memory: about" in result.stdout and "disk:" in result.stdout and not (tmp_path / "run").exists()
+    result = script(
+        "train.py", "--config", recipe, "--dry_run", "--per_device_train_batch_size", "999999999", ok=False
+    )
+    assert result.returncode == 1 and "cannot fit" in result.stdout
+
+
+def test_truncation_is_refused_or_told(recipe, tmp_path):
+    result = script("train.py", "--config", recipe, "--max_length", "60", "--dry_run", ok=False)
+    assert result.returncode == 2 and "row article-" in result.stderr and "over max_length 60" in result.stderr
+    result = script("train.py", "--config", recipe, "--max_length", "60", "--dry_run", "--allow_truncation")
+    assert "tokens over max_length 60 are cut off" in result.stdout
+
+
+def test_the_exact_1b_shape_is_counted(llama_tokenizer_folder, chats, tmp_path):
+    """Llama 3.2 1B's published shape with the real tokenizer: 1,235,814,400 parameters, 19.8 GB of states."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path / "Llama-3.2-1B-Instruct"
+    shutil.copytree(llama_tokenizer_folder, folder)
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+        eos_token_id=[128001, 128008, 128009],
+    ).save_pretrained(folder)  # fmt: skip
+    result = script(
+        "train.py",
+        "--dry_run",
+        "--model_name_or_path",
+        folder,
+        "--train_file",
+        chats,
+        "--output_dir",
+        tmp_path,
+        ok=False,
+    )
+    assert "1,235,814,400 parameters" in result.stdout and "weights, gradients, Adam 18.4 GiB" in result.stdout
