@@ -1,4 +1,4 @@
-"""Small real parts for the tests: a tokenizer trained on the sample, tiny models with random weights, a command line."""
+"""Small real parts for the tests: a tokenizer trained on the sample, a tiny random model, a command line."""
 
 import json
 import os
@@ -17,10 +17,11 @@ sys.path.insert(0, str(ROOT))  # the scripts stand at the root; importing them d
 
 # A template in the manner of Llama 3.2: trims, and prints today's date unless told one.
 LLAMA_LIKE_TEMPLATE = """{{- bos_token }}
-{%- if strftime_now is defined %}{%- set today = strftime_now("%d %b %Y") %}{%- else %}{%- set today = "?" %}{%- endif %}
+{%- set today = strftime_now("%d %b %Y") if strftime_now is defined else "?" %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + today + "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" + message["content"] | trim + "<|eot_id|>" }}
+    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
+    {{- message["content"] | trim + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{%- endif %}"""
 LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -58,7 +59,7 @@ def sample() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def tokenizer(sample):
-    """A byte-level BPE of 2,000 tokens, trained on the sample, with Llama 3's special tokens and manner of template."""
+    """A byte-level BPE of 2,000 tokens trained on the sample, with Llama 3's special tokens and manner of template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -3,8 +3,8 @@
     accelerate launch --config_file … tests/gloo_fsdp.py train.py …
 
 Without a GPU accelerate would silently run plain data parallel. This answers its one question about the backend as a
-machine with GPUs would, and then runs the script as if it had been launched itself. ACCELERATE_TORCH_DEVICE=cpu must be
-set before accelerate is imported.
+machine with GPUs would, and then runs the script as if it had been launched itself. ACCELERATE_TORCH_DEVICE=cpu must
+be set before accelerate is imported.
 """
 
 import os

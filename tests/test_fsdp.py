@@ -91,7 +91,8 @@ def test_shards_answer_as_the_final_model(sharded_run, tmp_path):
     answers = tmp_path / "answers.jsonl"
     script(
         "generate.py", "--checkpoint", output_dir / "checkpoint-8", "--checkpoint", output_dir / "final",
-        "--prompt", "조조에 대해 알려줘.", "--prompt", "관도 대전에 대해 알려줘.", "--max_new_tokens", "24", "--output_file", answers,
+        "--prompt", "조조에 대해 알려줘.", "--prompt", "관도 대전에 대해 알려줘.",
+        "--max_new_tokens", "24", "--output_file", answers,
     )  # fmt: skip
     rows = read_jsonl(answers)
     assert [row["step"] for row in rows] == [8] * 4 and len({row["checkpoint"] for row in rows}) == 2

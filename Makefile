@@ -1,0 +1,49 @@
+# make demo   from nothing to a model that answers, on two CPU cores
+# make test   the whole test suite; ARGS="-m 'not slow'" leaves out what takes minutes
+# make lint   ruff
+
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG := configs/demo
+
+# glibc's allocator: keep freed memory and use huge pages. Otherwise each training step of the demo spends as long on
+# fresh pages from the kernel as on arithmetic. Elsewhere (macOS, musl) these variables mean nothing.
+export THP_MEM_ALLOC_ENABLE = 1
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 200000000000
+export HF_HUB_OFFLINE ?= 1
+
+# $(call stage,NAME,COMMAND): runs the command and tells the time it took
+define stage
+	@start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(( $$(date +%s) - start )) s"
+endef
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(call stage,model,$(BIN)/python tools/fetch_gemma.py)
+	$(call stage,preprocess,$(BIN)/python preprocess.py --config $(CONFIG)/preprocess.yaml)
+	$(call stage,train,$(BIN)/python train.py --config $(CONFIG)/train.yaml)
+	$(call stage,answers,$(BIN)/python generate.py --config $(CONFIG)/generate.yaml --output_file outputs/demo/answers.jsonl)
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(call stage,environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt)
+	@touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(call stage,test environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt)
+	@touch $@

@@ -1,0 +1,141 @@
+"""Every YAML file we ship, every path and command of the READMEs, and the code that the scripts share."""
+
+import inspect
+import re
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import generate
+import preprocess
+import train
+
+CLASSES = {
+    "preprocess.yaml": [preprocess.PreprocessArguments],
+    "train.yaml": [train.ScriptArguments, train.TrainingArguments],
+    "generate.yaml": [generate.GenerateArguments],
+}
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+
+
+def test_every_recipe_is_here():
+    assert {path.parent.name for path in RECIPES} >= {"three_kingdoms", "blog", "demo"}
+    for folder in {path.parent for path in RECIPES}:
+        assert {path.name for path in folder.iterdir()} == set(CLASSES), folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_parse(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--config", str(path)])
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    *parsed, used = train.parse_args(CLASSES[path.name], default_config="nowhere.yaml")
+    assert used == str(path)
+    values = {name: value for arguments in parsed for name, value in vars(arguments).items()}
+    for key, value in config.items():
+        assert values[key] == value or key == "report_to", key
+    recipe = path.parent.name
+    assert values.get("output_dir", recipe).endswith(recipe) and (values.get("checkpoint") or [recipe])[0].endswith(
+        recipe
+    )
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert "Prerequisite" in head and "Override" in head and f"{path.stem}.py" in head
+
+
+def test_the_command_line_wins_over_yaml(monkeypatch, tmp_path):
+    (tmp_path / "generate.yaml").write_text("prompt: [a, b]\nseed: 1\ncheckpoint: [x]\nmax_new_tokens: 7\n")
+    line = ["generate.py", "--config", str(tmp_path / "generate.yaml"), "--prompt", "c", "--prompt", "d", "--seed=2"]
+    monkeypatch.setattr(sys, "argv", line)
+    args, _ = generate.parse_args([generate.GenerateArguments], "")
+    assert (args.prompt, args.seed, args.checkpoint, args.max_new_tokens) == (["c", "d"], 2, ["x"], 7)
+
+
+def test_blog_recipe_is_the_articles():
+    config = yaml.safe_load((ROOT / "configs/blog/train.yaml").read_text(encoding="utf-8"))
+    article = {
+        "max_steps": 2000, "per_device_train_batch_size": 1, "learning_rate": 5e-5, "logging_steps": 10,
+        "save_steps": 100, "packing": True, "max_length": 1024, "completion_only_loss": False,
+    }  # fmt: skip
+    assert {key: config[key] for key in article} == article
+    lists = yaml.safe_load((ROOT / "configs/blog/preprocess.yaml").read_text(encoding="utf-8"))
+    assert {f"삼국지 {i}" for i in range(1, 16)} < set(lists["exclude_title_keywords"])
+    assert [len(lists[f"{name}_keywords"]) for name in ("include_title", "include_text", "exclude_title")] == [
+        9,
+        8,
+        93,
+    ]
+
+
+def test_demo_and_default_share_their_keywords():
+    demo, default = (
+        yaml.safe_load((ROOT / f"configs/{name}/preprocess.yaml").read_text(encoding="utf-8"))
+        for name in ("demo", "three_kingdoms")
+    )
+    for name in ("include_title_keywords", "include_text_keywords", "exclude_title_keywords"):
+        assert demo[name] == default[name] and len(demo[name]) == len(set(demo[name]))
+
+
+def test_accelerate_reads_every_key_of_its_file():
+    """accelerate ignores a misspelt fsdp_ key: each must be an option of its launcher and reach its plugin."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
+
+    known = {action.dest for action in launch_command_parser()._actions}
+    plugin = inspect.getsource(FullyShardedDataParallelPlugin) + inspect.getsource(
+        sys.modules["accelerate.utils.launch"].prepare_multi_gpu_env
+    )
+    files = sorted(ROOT.glob("accelerate*.yaml"))
+    assert files
+    for path in files:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in config["fsdp_config"]:
+            assert key in known and key.removeprefix("fsdp_").upper() in plugin, key
+        assert set(config) <= set(ClusterConfig.__dataclass_fields__), path
+
+
+def test_the_scripts_share_their_parser_word_for_word():
+    for name in ("parse_args", "Parser", "UserError"):
+        assert len({inspect.getsource(getattr(module, name)) for module in (preprocess, train, generate)}) == 1
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_readme_names_what_exists(readme):
+    text = readme.read_text(encoding="utf-8")
+    made = ("data/", "outputs/", "models/", "configs/mine/", "my_", "exported")
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|yaml|txt|md|jsonl|toml))`", text):
+        if not path.startswith(made) or path == "data/sample_articles.jsonl":
+            assert (ROOT / path).exists() or path in (
+                "train.jsonl",
+                "answers.jsonl",
+                "report.json",
+                "SOURCES.md",
+                "training_log.jsonl",
+            ), path
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+    commands = re.findall(r"^(?:accelerate launch|python) .*$", text, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        words = command.split()
+        name = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / name).exists(), command
+        parser = None
+        for module, classes in ((preprocess, "preprocess.yaml"), (train, "train.yaml"), (generate, "generate.yaml")):
+            if module.__name__ + ".py" == name:
+                parser = module.Parser(CLASSES[classes])
+        options = [
+            word.partition("=")[0].lstrip("-") for word in words[words.index(name) + 1 :] if word.startswith("--")
+        ]
+        for option in options:
+            if parser:
+                assert option == "config" or option in {action.dest for action in parser._actions}, command
+            else:
+                assert f'"--{option}"' in (ROOT / name).read_text(encoding="utf-8"), command
+        for path in re.findall(r"(?:configs|tools)/[\w/.-]+", command):
+            assert (ROOT / path).exists() or "configs/mine" in path, command
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`make (\w+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

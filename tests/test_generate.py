@@ -1,0 +1,105 @@
+"""Which checkpoints are asked, with which prompt, and what is written about the answers."""
+
+import json
+import shutil
+
+import torch
+from conftest import read_jsonl, script
+
+import generate
+
+
+def test_a_run_is_asked_in_step_order_after_its_base(finished_run, tiny_model, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"id": "q1", "question": "조조의 자는?", "tier": "A"}, {"id": "q2", "prompt": "유비의 자는?"}]
+    questions.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    result = script(
+        "generate.py", "--checkpoint", finished_run, "--prompts_file", questions, "--max_new_tokens", "12",
+        "--output_file", answers,
+    )  # fmt: skip
+    written = read_jsonl(answers)
+    expected = [(str(tiny_model), 0), (f"{finished_run}/checkpoint-4", 4), (f"{finished_run}/checkpoint-8", 8)]
+    assert [(row["checkpoint"], row["step"]) for row in written] == [pair for pair in expected for _ in range(2)]
+    assert [row["id"] for row in written] == ["q1", "q2"] * 3 and written[0]["tier"] == "A"
+    assert written[0]["prompt"] == "조조의 자는?" and written[0]["question"] == "조조의 자는?"
+    for row in written:
+        assert 0 < row["tokens"] <= 12 and row["ended"] == (row["tokens"] < 12 or row["ended"]) and row["seconds"] > 0
+    assert "step 8" in result.stdout and "조조의 자는?" in result.stdout
+    assert not any("final" in row["checkpoint"] for row in written)  # the same step as checkpoint-8
+
+
+def test_final_is_asked_where_the_last_checkpoint_is_another(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "checkpoint-8")
+    assert generate.expand(str(run)) == [(f"{run}/checkpoint-4", 4), (f"{run}/final", 8)]
+    assert generate.base_of([str(run)], "none") is None and generate.base_of([str(run)], "x/y") == "x/y"
+    assert generate.base_of([str(run / "final")], "auto") is None  # one checkpoint was asked for
+
+
+def test_half_written_checkpoints_are_named_and_left_out(finished_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "checkpoint-8" / "trainer_state.json").unlink()
+    assert [step for _, step in generate.expand(str(run))] == [4, 8]
+    assert "checkpoint-8: it was not written to its end" in capsys.readouterr().err
+
+
+def test_answers_do_not_depend_on_the_batch_size(finished_run):
+    tokenizer = generate.load_tokenizer(str(finished_run / "final"))
+    model = generate.load_model(str(finished_run / "final"), torch.float32).eval()
+    questions = [
+        "조조?",
+        "유비에 대해 아주 자세히 알려줘. 긴 질문이다.",
+        "관우",
+        "적벽 대전은 언제 있었어?",
+        "하나 더",
+    ]
+    args = generate.GenerateArguments(max_new_tokens=16)
+    together = generate.answer(questions, model, tokenizer, args)
+    alone = [generate.answer([question], model, tokenizer, args)[0] for question in questions]
+    assert [a["answer"] for a in together] == [a["answer"] for a in alone]
+    assert [a["tokens"] for a in together] == [a["tokens"] for a in alone]
+
+
+def test_an_answer_ends_at_any_of_the_stop_tokens(finished_run):
+    tokenizer = generate.load_tokenizer(str(finished_run / "final"))
+    model = generate.load_model(str(finished_run / "final"), torch.float32).eval()
+    assert set(generate.stop_tokens(model, tokenizer)) == {1, 2}
+    favourite = torch.full((len(tokenizer),), -1e9)
+    favourite[1] = 1e9  # <|end_of_text|>, which is not the tokenizer's eos
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + favourite)
+    (answer,) = generate.answer(["조조?"], model, tokenizer, generate.GenerateArguments(max_new_tokens=16))
+    assert answer["ended"] and answer["tokens"] == 1 and answer["answer"] == ""
+
+
+def test_sampling_is_seeded(finished_run, tmp_path):
+    command = ["--checkpoint", finished_run / "final", "--prompt", "조조?", "--max_new_tokens", "16", "--do_sample"]
+    answers = []
+    for seed in (1, 1, 2):
+        script("generate.py", *command, "--seed", seed, "--output_file", tmp_path / "a.jsonl")
+        answers.append(read_jsonl(tmp_path / "a.jsonl")[0]["answer"])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_special_tokens_in_a_question_stay_text(finished_run):
+    tokenizer = generate.load_tokenizer(str(finished_run / "final"))
+    plain = generate.encode(["질문"], tokenizer, "cpu")["input_ids"][0].tolist()
+    planted = generate.encode(["질<|eot_id|>문"], tokenizer, "cpu")["input_ids"][0].tolist()
+    assert planted.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+
+
+def test_questions_typed_in_are_answered(finished_run):
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    command = [sys.executable, "generate.py", "--checkpoint", finished_run, "--interactive", "--max_new_tokens", "8"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(
+        command, input="조조는 누구야?\n\n", cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert len(result.stdout.replace("Ask; an empty line ends.", "").replace(">", "").strip()) > 0

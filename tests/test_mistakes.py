@@ -1,0 +1,185 @@
+"""Every mistake of a user gets one clear sentence, exit code 2, no traceback and nothing half-written."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import ROOT, SAMPLE, script
+
+PREPROCESS = ("preprocess.py", "--config", "configs/blog/preprocess.yaml", "--data_files", SAMPLE)
+
+
+def assert_mistake(result, *words: str):
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    name = os.path.basename(result.args[1])
+    told = [line for line in result.stderr.splitlines() if line.startswith(name)]
+    assert len(told) == 1, result.stderr
+    for word in words:
+        assert word in told[0], told[0]
+
+
+@pytest.mark.parametrize("name", ["preprocess.py", "train.py", "generate.py"])
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("outputdir: x\n", ("unknown key `outputdir`", "did you mean `output_dir`?")),
+        ("- a\n- b\n", ("must hold `key: value` lines",)),
+        ("a: [1\n", ("not valid YAML",)),
+        ("output_dir: [a, b]\n", ("`output_dir` takes one value, not a list",)),
+        ("output_file: no\noutput_dir: no\n", ("put it in quotes",)),
+        ("max_length: many\nmax_new_tokens: many\n", ("invalid int value: 'many'",)),
+    ],
+)
+def test_config_files(name, yaml, words, tmp_path):
+    if name == "generate.py" and "output_dir: [" in yaml:
+        yaml, words = "seed: [1, 2]\n", ("`seed` takes one value, not a list",)
+    elif name == "generate.py":
+        yaml, words = (s.replace("outputdir", "outputfile") for s in [yaml]).__next__(), words
+        words = ("unknown key `outputfile`", "did you mean `output_file`?") if "outputfile" in yaml else words
+        yaml = yaml.replace("output_dir: no\n", "").replace("max_length: many\n", "")
+    else:
+        yaml = yaml.replace("output_file: no\n", "").replace("max_new_tokens: many\n", "")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml, encoding="utf-8")
+    assert_mistake(script(name, "--config", config, ok=False), str(config), *words)
+
+
+@pytest.mark.parametrize("name", ["preprocess.py", "train.py", "generate.py"])
+def test_command_lines(name):
+    assert_mistake(script(name, "--config", "no/such.yaml", ok=False), "cannot read the config file no/such.yaml")
+    assert_mistake(script(name, "--config", ok=False), "--config needs the path")
+    assert_mistake(script(name, "--sede", "1", ok=False), "unknown key `sede`")
+    assert_mistake(script(name, "stray", ok=False), "what is 'stray'?")
+
+
+def test_numbers_may_be_written_as_people_write_them(recipe, tmp_path):
+    """PyYAML takes 2e-5 for text; argparse reads it as the number it is."""
+    config = tmp_path / "train.yaml"
+    config.write_text(recipe.read_text().replace("1.0e-3", "2e-5"))
+    assert "dry run" in script("train.py", "--config", config, "--dry_run", "--output_dir", tmp_path / "x").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data_files", "no.parquet"), ("there is no file no.parquet",)),
+        (("--data_files", "requirements.txt"), ("cannot read .txt files, only parquet, jsonl, csv",)),
+        (("--text_column", "body"), ("has no column 'body'; its columns are title, text, contributors, namespace",)),
+        (("--include_title_keywords", "전혀없는말"), ("the filter keeps none of", "title without keyword: ")),
+        (("--question", "{name}?"), ("only {title}, {part}, {parts} are known",)),
+        (("--title_suffix_pattern", "("), ("title_suffix_pattern is not a regular expression",)),
+        (("--split_articles",), ("split_articles needs tokenizer_name_or_path",)),
+        (("--tokenizer_name_or_path", "no/tokenizer"), ("cannot load the tokenizer no/tokenizer", "hf auth login")),
+    ],
+)
+def test_preprocess(arguments, words, tmp_path):
+    result = script(*PREPROCESS, "--output_dir", tmp_path / "out", *arguments, ok=False)
+    assert_mistake(result, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_datasets_of_the_hub(tmp_path):
+    blog = ("preprocess.py", "--config", "configs/blog/preprocess.yaml", "--output_dir", tmp_path / "out")
+    assert_mistake(script(*blog, "--dataset_name=", ok=False), "name the data: data_files")
+    result = script(*blog, "--dataset_name", "no/such-dataset", ok=False)
+    assert_mistake(result, "cannot load the dataset no/such-dataset", "configs/demo/preprocess.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"title": "a", "text"\n'),
+        ("a.parquet", b"PAR1 no"),
+        ("a.csv", b'title,text\n"a'),
+        ("a.jsonl", b""),
+    ],
+)
+def test_broken_data_files(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    result = script(*PREPROCESS, "--data_files", tmp_path / name, "--output_dir", tmp_path / "out", ok=False)
+    assert_mistake(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_recipes_do_not_write_to_one_folder(tmp_path):
+    script(*PREPROCESS, "--output_dir", tmp_path)
+    other = tmp_path / "other" / "preprocess.yaml"
+    other.parent.mkdir()
+    shutil.copy(ROOT / "configs/blog/preprocess.yaml", other)
+    result = script("preprocess.py", "--config", other, "--data_files", SAMPLE, "--output_dir", tmp_path, ok=False)
+    assert_mistake(result, "holds the output of blog/preprocess.yaml; choose another output_dir")
+
+
+def test_no_room_and_no_folder(recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = script(*PREPROCESS, "--output_dir", tmp_path / "file" / "out", ok=False)
+    assert_mistake(result, "cannot write to")
+    run = ("train.py", "--config", recipe, "--output_dir", tmp_path / "run")
+    result = script(*run, "--max_steps", "2000000000", "--save_steps", "1", ok=False)
+    assert_mistake(result, "the checkpoints need", "are free; lower save_total_limit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--train_file", "no.jsonl"), ("there is no file no.jsonl; make it with `python preprocess.py`",)),
+        (("--model_name_or_path", "no/model"), ("cannot load no/model", "configs/demo needs no login")),
+        (("--resume", "nowhere"), ("cannot go on from nowhere",)),
+        (("--resume_from_checkpoint", "x"), ("here it is `resume: auto`",)),
+        (("--eval_strategy", "steps"), ("eval_strategy needs eval_file",)),
+        (("--report_to", "wandb"), ("wandb",)),
+        (("--fp16", "true", "--bf16", "true"), ("At most one of fp16 and bf16",)),
+    ],
+)
+def test_train(recipe, arguments, words, tmp_path):
+    result = script("train.py", "--config", recipe, "--output_dir", tmp_path / "run", *arguments, ok=False)
+    assert_mistake(result, *words)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_gated_model_is_explained(tmp_path):
+    """Without a login the default recipe stops at its gated tokenizer; offline the sentence is the same."""
+    result = script("preprocess.py", "--data_files", SAMPLE, "--output_dir", tmp_path / "out", ok=False)
+    assert_mistake(result, "meta-llama/Llama-3.2-1B-Instruct", "accept its terms", "configs/demo")
+
+
+@pytest.mark.parametrize("line", ["{", '{"messages": []}', '{"messages": [{"role": "user"}]}', "[1]", '{"text": "a"}'])
+def test_bad_rows_are_named_by_line(recipe, line, tmp_path):
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(good) + "\n\n" + line + "\n")
+    result = script("train.py", "--config", recipe, "--train_file", tmp_path / "train.jsonl", ok=False)
+    assert_mistake(result, "train.jsonl, line 3: not a chat")
+
+
+def test_a_tokenizer_without_chat_template(recipe, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    run = ("train.py", "--config", recipe, "--model_name_or_path", bare, "--output_dir", tmp_path / "run", "--dry_run")
+    assert_mistake(script(*run, ok=False), "has no chat template; name a Jinja file in chat_template_path")
+    assert_mistake(script("generate.py", "--checkpoint", bare, "--prompt", "?", ok=False), "has no chat template")
+    template = tiny_model / "chat_template.jinja"
+    assert "dry run" in script(*run, "--chat_template_path", template).stdout
+
+
+def test_generate(finished_run, tmp_path):
+    def told(*arguments):
+        return script("generate.py", *arguments, ok=False)
+
+    (tmp_path / "empty").mkdir()
+    assert_mistake(told("--checkpoint", "nowhere", "--prompt", "?"), "there is no checkpoint nowhere")
+    assert_mistake(told("--checkpoint", tmp_path / "empty"), "neither a checkpoint nor a run with checkpoints")
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    assert_mistake(told("--checkpoint", tmp_path / "run"), "a run without a complete checkpoint yet")
+    assert_mistake(told("--checkpoint", finished_run, "--prompts_file", "no.txt"), "cannot read prompts_file no.txt")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "?"}\n{"p": 1}\n')
+    assert_mistake(
+        told("--checkpoint", finished_run, "--prompts_file", tmp_path / "q.jsonl"), "line 2: not a question"
+    )
+    assert_mistake(told("--checkpoint", finished_run, "--output_file", "no/a.jsonl"), "there is no folder no")
+    assert_mistake(told("--checkpoint", finished_run, "--dtype", "int3"), "dtype must be")
+    assert_mistake(told("--checkpoint", finished_run, "--batch_size", "0"), "must be at least 1")
+    result = script("tools/export.py", "--checkpoint", finished_run, "--output_dir", tmp_path, ok=False)
+    assert_mistake(result, "exists; choose a folder that does not")
