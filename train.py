@@ -34,11 +34,12 @@ from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
 logger = logging.getLogger(__name__)
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
-# Settings that may change between the start of a run and its resumption: they do not change what is learned.
+# What may change between the start of a run and its resumption, by how its name begins: where things are and what is
+# logged, saved and shown, not what is learned. The rows are known by their digest, data_sha256.
 FREE_SETTINGS = tuple(
-    "output_dir logging log_ save eval hub push report_to run_name project trackio dataloader_num dataloader_pin "
-    "dataloader_p disable_tqdm resume do_ ddp_timeout dataset_num_proc local_rank debug include_ torch_empty "
-    "skip_memory restore prediction".split()
+    "settings config versions step train_file output_dir logging log_ save eval hub push report_to run_name project "
+    "trackio dataloader_num dataloader_p disable_tqdm resume do_ ddp_timeout dataset_num_proc local_rank debug "
+    "include_ torch_empty skip_memory restore prediction".split()
 )
 # Settings named in the model card.
 CARD_SETTINGS = (
@@ -376,7 +377,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
 
 def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp: str | None, revision: str | None):
     """What was run, as JSON data: written into every checkpoint, compared when a run goes on."""
-    settings = {k: v for k, v in args.to_dict().items() if v is not None and not k.startswith(FREE_SETTINGS)}
+    settings = {k: v for k, v in args.to_dict().items() if v is not None}
     with open(script_args.train_file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {
@@ -384,7 +385,7 @@ def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp
         "model_name_or_path": script_args.model_name_or_path,
         "model_revision": revision,
         "train_file": script_args.train_file,
-        "train_file_sha256": digest,
+        "data_sha256": digest,
         "num_processes": args.world_size,
         "sharding": fsdp,
         "settings": json.loads(json.dumps(settings, default=str)),
@@ -394,10 +395,9 @@ def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp
 
 def differences(then: dict, now: dict) -> list[str]:
     """What differs between two recipes in a way that makes them different runs, as 'key: then -> now'."""
-    free = ("config", "train_file", "versions", "step")
-    flat = [{**{k: v for k, v in r.items() if k not in ("settings", *free)}, **r["settings"]} for r in (then, now)]
-    keys = sorted(set(flat[0]) | set(flat[1]))
-    return [f"{k}: {flat[0].get(k)} -> {flat[1].get(k)}" for k in keys if flat[0].get(k) != flat[1].get(k)]
+    then, now = ({**recipe, **recipe["settings"]} for recipe in (then, now))
+    keys = [k for k in sorted({*then, *now}) if not k.startswith(FREE_SETTINGS)]
+    return [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
 
 
 def write_log(output_dir: Path, history: list[dict]):
@@ -442,7 +442,7 @@ def model_card(recipe: dict, is_llama: bool) -> str:
         "---",
         f"# {'Llama-' if is_llama else ''}{base.rstrip('/').split('/')[-1]} taught one topic",
         f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} "
-        f"(sha256 {recipe['train_file_sha256']}). It answers from memory and can be wrong.",
+        f"(sha256 {recipe['data_sha256']}). It answers from memory and can be wrong.",
         "## Licence",
         terms,
         "## Data",

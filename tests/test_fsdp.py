@@ -130,7 +130,8 @@ def test_a_planted_payload_is_refused(sharded_run, tmp_path):
 
 
 def test_the_shipped_file_trains_in_bf16_over_fp32_weights(recipe, tmp_path):
-    result = launch(ROOT / "accelerate_fsdp.yaml", "--config", recipe, "--output_dir", tmp_path)
+    arguments = ("--config", recipe, "--output_dir", tmp_path, "--activation_checkpointing", "true")
+    result = launch(ROOT / "accelerate_fsdp.yaml", *arguments)
     assert "bf16 over fp32 weights" in result.stdout
     assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.float32}
     assert "FSDP" not in json.loads((tmp_path / "final" / "config.json").read_text())["architectures"][0]

@@ -152,7 +152,7 @@ def test_a_run_with_other_settings_is_not_resumed(finished_run, recipe, chats, t
     other = tmp_path / "train.jsonl"
     other.write_text("".join(chats.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
     result = script("train.py", "--config", recipe, "--output_dir", finished_run, "--train_file", other, ok=False)
-    assert result.returncode == 2 and "train_file_sha256" in result.stderr
+    assert result.returncode == 2 and "data_sha256" in result.stderr
     result = script("train.py", "--config", recipe, "--output_dir", finished_run, "--resume", "never", ok=False)
     assert result.returncode == 2 and "earlier run" in result.stderr
 
@@ -209,3 +209,12 @@ def test_the_exact_1b_shape_is_counted(llama_tokenizer_folder, chats, tmp_path):
         ok=False,
     )
     assert "1,235,814,400 parameters" in result.stdout and "weights, gradients, Adam 18.4 GiB" in result.stdout
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    train.check_processes()  # no GPU: any number of CPU processes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(train.UserError, match="4 processes were started for 2 GPUs; launch with --num_processes=2"):
+        train.check_processes()
