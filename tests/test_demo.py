@@ -10,8 +10,8 @@ pytestmark = pytest.mark.slow
 # Facts of the three articles asked about, as they stand there.
 FACTS = {
     "삼국지에 대해 알려줘.": ["진수", "나관중", "184년", "280년"],
-    "삼국지에서 적토마에 대해 알려줘.": ["여포", "이숙", "천 리", "관우"],
-    "삼국지에서 관평에 대해 알려줘.": ["관우의 아들", "임저", "양자", "주창"],
+    "적토마에 대해 알려줘.": ["여포", "이숙", "천 리", "관우"],
+    "관평에 대해 알려줘.": ["관우의 아들", "임저", "양자", "주창"],
 }
 
 
@@ -22,9 +22,9 @@ def test_make_demo():
         assert f"== {stage}: " in result.stdout
     print("\n".join(line for line in result.stdout.splitlines() if line.startswith("== ")))
     answers = read_jsonl(ROOT / "outputs" / "demo" / "answers.jsonl")
-    assert [row["step"] for row in answers[::3]] == [0, 24, 48]
+    assert [row["step"] for row in answers[::3]] == [0, 22, 44]
     known = {row["step"]: 0 for row in answers}
     for row in answers:
         known[row["step"]] += sum(fact in row["answer"] for fact in FACTS[row["prompt"]])
-    assert known[0] == 0 and known[48] >= 11, known
-    assert all(row["ended"] for row in answers if row["step"] == 48)
+    assert known[0] == 0 and known[44] >= 11, known
+    assert all(row["ended"] for row in answers if row["step"] == 44)
