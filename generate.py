@@ -4,7 +4,7 @@ A checkpoint is a Hugging Face folder, a folder of FSDP shards (read directly), 
 step order) or a hub model. With `output_file` the answers are also written as JSONL.
 
     python generate.py                                                   # the run of configs/three_kingdoms
-    python generate.py --checkpoint outputs/demo/checkpoint-44 --prompt "삼국지에 대해 알려줘."
+    python generate.py --checkpoint outputs/demo/checkpoint-42 --prompt "삼국지에 대해 알려줘."
     python generate.py --checkpoint outputs/demo --prompts_file questions.jsonl --output_file answers.jsonl
     python generate.py --checkpoint outputs/demo/final --interactive
 """

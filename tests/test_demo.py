@@ -22,9 +22,9 @@ def test_make_demo():
         assert f"== {stage}: " in result.stdout
     print("\n".join(line for line in result.stdout.splitlines() if line.startswith("== ")))
     answers = read_jsonl(ROOT / "outputs" / "demo" / "answers.jsonl")
-    assert [row["step"] for row in answers[::3]] == [0, 22, 44]
+    assert [row["step"] for row in answers[::3]] == [0, 21, 42]
     known = {row["step"]: 0 for row in answers}
     for row in answers:
         known[row["step"]] += sum(fact in row["answer"] for fact in FACTS[row["prompt"]])
-    assert known[0] == 0 and known[44] >= 11, known
-    assert all(row["ended"] for row in answers if row["step"] == 44)
+    assert known[0] == 0 and known[42] >= 11, known
+    assert all(row["ended"] for row in answers if row["step"] == 42)
