@@ -576,6 +576,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     disk = parameters * ((16 if full else 12) * saves + 4)  # fp32 weights and Adam's two moments; final: weights
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    free += sum(
+        file.stat().st_size for file in folder.rglob("*") if file.is_file()
+    )  # a run that goes on replaces them
     cut = numbers["tokens"] - numbers["tokens_kept"]
     precision = (
         "bf16 over fp32 weights" if args.mixed_precision == "bf16" else args.mixed_precision.replace("no", "fp32")
@@ -628,6 +631,11 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
 def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     if args.resume_from_checkpoint:
         raise UserError("resume_from_checkpoint is Trainer's own; here it is `resume: auto`, `never` or a checkpoint")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process; use all with `accelerate launch --config_file "
+            "accelerate_fsdp.yaml train.py`, or one with CUDA_VISIBLE_DEVICES=0"
+        )
     if args.packing and not args.max_length:
         raise UserError("packing needs max_length")
     disable_progress_bars()  # those of datasets: one for each step of packing, in every process
@@ -688,7 +696,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
             processing_class=tokenizer,
             callbacks=[LogCallback()],
         )
-    except (ImportError, RuntimeError) as e:  # a tracker named in report_to that is not installed
+    except (ImportError, RuntimeError, ValueError) as e:  # a tracker not installed, settings that exclude each other
         raise UserError(str(e).strip().split("\n")[0]) from None
     assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
