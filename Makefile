@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/demo
+ANSWERS := outputs/demo/answers.jsonl
 
 # glibc's allocator: keep freed memory and use huge pages. Otherwise each training step of the demo spends as long on
 # fresh pages from the kernel as on arithmetic. Elsewhere (macOS, musl) these variables mean nothing.
@@ -25,7 +26,7 @@ demo: .venv/installed
 	$(call stage,model,$(BIN)/python tools/fetch_gemma.py)
 	$(call stage,preprocess,$(BIN)/python preprocess.py --config $(CONFIG)/preprocess.yaml)
 	$(call stage,train,$(BIN)/python train.py --config $(CONFIG)/train.yaml)
-	$(call stage,answers,$(BIN)/python generate.py --config $(CONFIG)/generate.yaml --output_file outputs/demo/answers.jsonl)
+	$(call stage,answers,$(BIN)/python generate.py --config $(CONFIG)/generate.yaml --output_file $(ANSWERS))
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

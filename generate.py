@@ -9,6 +9,7 @@ step order) or a hub model. With `output_file` the answers are also written as J
     python generate.py --checkpoint outputs/demo/final --interactive
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -17,7 +18,9 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import yaml
@@ -66,6 +69,7 @@ class GenerateArguments:
     do_sample: bool = field(default=False, metadata={"help": "Sample; otherwise the likeliest token each time."})
     temperature: float = field(default=0.7, metadata={"help": "With do_sample: below 1 sharpens, above 1 flattens."})
     top_p: float = field(default=0.9, metadata={"help": "With do_sample: from the likeliest tokens of this total."})
+    top_k: int = field(default=50, metadata={"help": "With do_sample: from this many likeliest tokens; 0 for all."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes words already said less likely."})
     seed: int = field(default=42, metadata={"help": "With do_sample: the same seed gives the same answers."})
     dtype: str = field(
@@ -80,15 +84,16 @@ class Parser(TrlParser):
 
 
 def parse_args(dataclass_types, default_config: str) -> tuple:
-    """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
+    """TrlParser, with the values of the YAML file checked as those of the command line are, which wins.
 
-    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
-    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
-    for word.
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
+    key (with the nearest known one) and a value of the wrong type. The three scripts share it word for word.
     """
     parser = Parser(dataclass_types, allow_abbrev=False)
-    argv = list(sys.argv[1:])
-    path = default_config
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    dict_fields = {name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])}
+    argv, path = list(sys.argv[1:]), default_config
     for i, arg in enumerate(argv):
         if arg == "--config" or arg.startswith("--config="):
             inline = arg.partition("=")[2]
@@ -105,48 +110,41 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
-
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
         argv.remove(arg)
         config[arg[2:-1]] = None
-    on_command_line = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    for place, names in ((path, config), ("command line", given)):
+        for name in map(str, names):
+            if name not in actions and not (place != path and name.removeprefix("no_") in actions):
+                nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+                hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+                raise UserError(f"{place}: unknown key `{name}`{hint}")
 
-    def check_known(name: str, place: str):
-        if name not in actions and name.removeprefix("no_") not in actions:
-            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
-            raise UserError(f"{place}: unknown key `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
-
-    from_yaml = []
     for key, value in config.items():
-        check_known(str(key), path)
-        action, items = actions[key], value if isinstance(value, list) else [value]
-        dict_fields = [name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])]
-        if isinstance(value, list) and value and action.nargs != "+":
+        action, many = actions[key], actions[key].nargs == "+"
+        if isinstance(value, list) and not many:
             raise UserError(f"{path}: `{key}` takes one value, not a list")
-        for item in items:
-            if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
-                raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
-            if isinstance(item, list) or (isinstance(item, dict) and key not in dict_fields):
-                raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
-        if value is None or value == []:
+        if value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{path}: `{key}` needs a value")
+        if not (value is None or (isinstance(value, dict) and key in dict_fields)):
+            items = value if isinstance(value, list) else [value]
+            for item in items:
+                if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
+                    raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
+                if item is None or isinstance(item, list | dict):
+                    raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
+            try:
+                value = [parser._get_value(action, str(item)) for item in items]
+            except argparse.ArgumentError as e:
+                raise UserError(f"{path}: {e}") from None
+            value = value if many else value[0]
+        if key not in given:
             parser.set_defaults(**{key: value})
-        elif key not in on_command_line:
-            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
-            from_yaml += [f"--{key}", *items] if action.nargs == "+" else [f"--{key}={items[0]}"]
     try:
-        _, unknown = parser.parse_known_args(from_yaml)
-        if unknown:
-            raise UserError(f"cannot read {unknown[0]!r}")
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(from_yaml + argv, True, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (UserError, ValueError) as e:
         raise UserError(f"{path} with the command line: {e}") from None
-    for arg in unknown:
-        if arg.startswith("--"):
-            check_known(arg.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
@@ -199,16 +197,20 @@ def expand(name: str) -> list[tuple[str, int | None]]:
     return [(str(c), step_of(c)) for c in complete]
 
 
-def base_of(checkpoints: list[str], base_model: str) -> str | None:
-    """The base model that answers first: that of the first run given, unless a single checkpoint was asked for."""
+def base_of(checkpoints: list[str], base_model: str) -> tuple[str, str] | None:
+    """The base model that answers first, and the checkpoint whose prompt it is asked with: its run's, so that both are
+    asked the same. `auto` takes the base of the first run given; a single checkpoint is asked alone.
+    """
+    if base_model == "none":
+        return None
     if base_model != "auto":
-        return None if base_model == "none" else base_model
+        return base_model, base_model
     for name in checkpoints:
-        folder = Path(name)
-        if folder.is_dir() and not has_weights(folder):
-            recipe = Path(expand(name)[-1][0]) / "recipe.json"
+        if Path(name).is_dir() and not has_weights(Path(name)):
+            first, _ = expand(name)[0]
+            recipe = Path(first) / "recipe.json"
             if recipe.exists():
-                return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
+                return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"], first
     return None
 
 
@@ -220,7 +222,7 @@ class MetadataUnpickler(pickle.Unpickler):
         "TensorProperties TensorStorageMetadata BytesStorageMetadata _MEM_FORMAT_ENCODING",
         "torch.distributed.checkpoint.filesystem": "_StorageInfo",
         "torch.serialization": "_get_layout",
-        "torch": "Size bfloat16 float16 float32",
+        "torch": "Size bfloat16 float16 float32 float64 int64 int32 int16 int8 uint8 bool",
         "pathlib": "PosixPath WindowsPath PurePosixPath PureWindowsPath",
     }
 
@@ -271,11 +273,12 @@ def load_tokenizer(name: str):
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
+    """One sentence for a model that cannot be loaded: what was said, and the mend."""
     reason = str(error).strip().split("\n")[0].rstrip(".")
-    return UserError(
-        f"cannot load {name}: {reason} (gated model: accept its terms on its hub page and run `hf auth login`; "
-        "demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no login)"
-    )
+    gated = re.search(r"gated|\b40[13]\b", str(error)) or name.startswith(("meta-llama/", "google/"))
+    login = "a gated model: accept its terms on its hub page and run `hf auth login`"
+    mend = login if gated else "it must be a folder that train.py wrote, or a model's name on the hub"
+    return UserError(f"cannot load {name}: {reason} ({mend}; --base_model none leaves a run's base model out)")
 
 
 # ---- Questions -----------------------------------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def read_prompts(path: str) -> list[dict]:
     Raises UserError with the line number of a bad line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read prompts_file {path}: {getattr(e, 'strerror', None) or e}") from None
     rows = []
@@ -325,7 +328,7 @@ def sampling(args: GenerateArguments) -> dict:
     """The arguments of model.generate that the recipe decides."""
     kwargs = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     if args.do_sample:
-        return {**kwargs, "do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        return {**kwargs, "do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     return {**kwargs, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -364,13 +367,19 @@ def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: Genera
     return answers
 
 
-def show(name: str, step: int | None, rows: list[dict], console: Console):
-    console.rule(escape(name) + (f", step {step:,}" if step is not None else ""), align="left")
-    for row in rows:
-        ended = "ended by itself" if row["ended"] else "cut off"
-        console.print(f"[bold]Q[/] {escape(row['prompt'])}")
-        console.print(f"[bold]A[/] {escape(row['answer'])}")
-        console.print(f"[dim]{row['tokens']} tokens, {ended}, {row['seconds']:.1f} s[/]\n")
+def show(answers: list[dict], console: Console):
+    """Prints each question with the answers of all checkpoints below it. Lines said over and over are counted."""
+    for question in dict.fromkeys(row["prompt"] for row in answers):
+        console.rule(f"[bold]{escape(question)}", align="left")
+        for row in (row for row in answers if row["prompt"] == question):
+            ended = "ended by itself" if row["ended"] else "cut off"
+            step = "" if row["step"] is None else f", step {row['step']:,}"
+            about = f"{row['checkpoint']}{step}: {row['tokens']} tokens, {ended}, {row['seconds']:.1f} s"
+            console.print(f"[cyan]{escape(about)}[/]")
+            for line, copies in groupby(row["answer"].split("\n")):
+                times = len(list(copies))
+                console.print(escape(line) + (f" [dim](x {times})[/]" if times > 1 else ""))
+            console.print()
 
 
 def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
@@ -399,11 +408,12 @@ def main(args: GenerateArguments, config: str):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {args.dtype}")
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise UserError("batch_size and max_new_tokens must be at least 1")
-    checkpoints = [entry for name in args.checkpoint for entry in expand(name)]
+    # What is asked: (model, its step, whose tokenizer and prompt).
+    checkpoints = [(path, step, path) for name in args.checkpoint for path, step in expand(name)]
     if args.interactive:
         checkpoints = checkpoints[-1:]
     elif base := base_of(args.checkpoint, args.base_model):
-        checkpoints.insert(0, (base, 0))
+        checkpoints.insert(0, (base[0], 0, base[1]))
     rows = []
     if not args.interactive:
         rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": p} for p in args.prompt or []]
@@ -415,24 +425,21 @@ def main(args: GenerateArguments, config: str):
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    # The base model is asked with the prompt that the checkpoints were trained on.
-    tokenizers = {name: load_tokenizer(checkpoints[-1][0] if step == 0 else name) for name, step in checkpoints}
-    console, answers = Console(highlight=False), []
-    for name, step in checkpoints:
+    tokenizers, answers = [load_tokenizer(name) for _, _, name in checkpoints], []
+    for (name, step, _), tokenizer in zip(checkpoints, tokenizers, strict=True):
         model = load_model(name, dtype).to(device).eval()
         if args.interactive:
-            return chat(model, tokenizers[name], args)
+            return chat(model, tokenizer, args)
         set_seed(args.seed)
-        shown = []
         for i in tqdm(range(0, len(rows), args.batch_size), desc=name, unit="batch", disable=None):
             batch = rows[i : i + args.batch_size]
-            results = answer([row["prompt"] for row in batch], model, tokenizers[name], args)
-            shown += [
-                {**row, "checkpoint": name, "step": step, **result} for row, result in zip(batch, results, strict=True)
-            ]
-        show(name, step, shown, console)
-        answers += shown
+            results = answer([row["prompt"] for row in batch], model, tokenizer, args)
+            for row, result in zip(batch, results, strict=True):
+                own = {"prompt": row["prompt"], "checkpoint": name, "step": step, **result}
+                # A question's own fields go along; one of the same name, such as a quiz's answer, as row_answer.
+                answers.append({**{f"row_{k}" if k in own else k: v for k, v in row.items() if k != "prompt"}, **own})
         del model
+    show(answers, Console(highlight=False))
 
     if args.output_file:
         beside = Path(f"{args.output_file}.partial")

@@ -9,6 +9,7 @@ same bytes.
     python preprocess.py --data_files dump.parquet --output_dir data/mine
 """
 
+import argparse
 import difflib
 import glob
 import hashlib
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -102,15 +104,16 @@ class Parser(TrlParser):
 
 
 def parse_args(dataclass_types, default_config: str) -> tuple:
-    """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
+    """TrlParser, with the values of the YAML file checked as those of the command line are, which wins.
 
-    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
-    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
-    for word.
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
+    key (with the nearest known one) and a value of the wrong type. The three scripts share it word for word.
     """
     parser = Parser(dataclass_types, allow_abbrev=False)
-    argv = list(sys.argv[1:])
-    path = default_config
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    dict_fields = {name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])}
+    argv, path = list(sys.argv[1:]), default_config
     for i, arg in enumerate(argv):
         if arg == "--config" or arg.startswith("--config="):
             inline = arg.partition("=")[2]
@@ -127,48 +130,41 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
-
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
         argv.remove(arg)
         config[arg[2:-1]] = None
-    on_command_line = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    for place, names in ((path, config), ("command line", given)):
+        for name in map(str, names):
+            if name not in actions and not (place != path and name.removeprefix("no_") in actions):
+                nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+                hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+                raise UserError(f"{place}: unknown key `{name}`{hint}")
 
-    def check_known(name: str, place: str):
-        if name not in actions and name.removeprefix("no_") not in actions:
-            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
-            raise UserError(f"{place}: unknown key `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
-
-    from_yaml = []
     for key, value in config.items():
-        check_known(str(key), path)
-        action, items = actions[key], value if isinstance(value, list) else [value]
-        dict_fields = [name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])]
-        if isinstance(value, list) and value and action.nargs != "+":
+        action, many = actions[key], actions[key].nargs == "+"
+        if isinstance(value, list) and not many:
             raise UserError(f"{path}: `{key}` takes one value, not a list")
-        for item in items:
-            if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
-                raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
-            if isinstance(item, list) or (isinstance(item, dict) and key not in dict_fields):
-                raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
-        if value is None or value == []:
+        if value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{path}: `{key}` needs a value")
+        if not (value is None or (isinstance(value, dict) and key in dict_fields)):
+            items = value if isinstance(value, list) else [value]
+            for item in items:
+                if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
+                    raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
+                if item is None or isinstance(item, list | dict):
+                    raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
+            try:
+                value = [parser._get_value(action, str(item)) for item in items]
+            except argparse.ArgumentError as e:
+                raise UserError(f"{path}: {e}") from None
+            value = value if many else value[0]
+        if key not in given:
             parser.set_defaults(**{key: value})
-        elif key not in on_command_line:
-            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
-            from_yaml += [f"--{key}", *items] if action.nargs == "+" else [f"--{key}={items[0]}"]
     try:
-        _, unknown = parser.parse_known_args(from_yaml)
-        if unknown:
-            raise UserError(f"cannot read {unknown[0]!r}")
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(from_yaml + argv, True, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (UserError, ValueError) as e:
         raise UserError(f"{path} with the command line: {e}") from None
-    for arg in unknown:
-        if arg.startswith("--"):
-            check_known(arg.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
@@ -224,24 +220,26 @@ def open_files(files: list[str], columns: list[str]) -> pyarrow.dataset.Dataset:
 
 
 def open_hub(args: PreprocessArguments) -> tuple[pyarrow.dataset.Dataset, str]:
-    """A dataset of the hub and the commit it was read at. Raises UserError when it cannot be had."""
+    """A parquet dataset of the hub, its two columns, and the commit it was read at. Raises UserError."""
     from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
 
-    columns = [args.title_column, args.text_column]
+    name, columns = args.dataset_name, [args.title_column, args.text_column]
     try:
-        builder = load_dataset_builder(args.dataset_name, revision=args.dataset_revision)
-        if builder.name == "parquet" and builder.config.features is None:
-            builder = load_dataset_builder(args.dataset_name, revision=args.dataset_revision, columns=columns)
+        builder = load_dataset_builder(name, revision=args.dataset_revision)
+        if builder.name != "parquet":  # other formats cannot be read without the columns that are not needed
+            raise UserError(
+                f"{name} is stored as {builder.name}, not as parquet; set dataset_revision: refs/convert/parquet, or "
+                "download its files and name them in data_files"
+            )
+        builder = load_dataset_builder(name, revision=args.dataset_revision, columns=columns)
         builder.download_and_prepare()
         table = builder.as_dataset(split=args.dataset_split).data.table
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         raise UserError(
-            f"cannot load the dataset {args.dataset_name} (split {args.dataset_split}): {first_line(e)}; without the "
-            "hub, use data_files or configs/demo/preprocess.yaml"
+            f"cannot load the columns {columns} of {name}, split {args.dataset_split}: {first_line(e.__cause__ or e)} "
+            "(without the hub: data_files, or configs/demo/preprocess.yaml)"
         ) from None
-    for name in columns:
-        if name not in table.column_names:
-            raise UserError(f"{args.dataset_name} has no column {name!r}; its columns are {table.column_names}")
     return pa.dataset.dataset(table.select(columns)), builder.hash or "unknown"
 
 
@@ -330,14 +328,19 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        if chat_template_path:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"cannot load the tokenizer {name_or_path}: {first_line(e)} (gated model: accept its terms on its hub "
-            "page and run `hf auth login`; demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no "
-            "login)"
-        ) from None
+        gated = re.search(r"gated|\b40[13]\b", str(e)) or name_or_path.startswith(("meta-llama/", "google/"))
+        mend = (
+            "a gated model: accept its terms on its hub page and run `hf auth login`; configs/demo needs no login"
+            if gated
+            else "the demo's is fetched by `python tools/fetch_gemma.py`"
+        )
+        raise UserError(f"cannot load the tokenizer {name_or_path}: {first_line(e)} ({mend})") from None
+    if chat_template_path:
+        try:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {e.strerror}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name_or_path} has no chat template; name a Jinja file in chat_template_path")
     tokenizer.chat_template = re.sub(

@@ -8,10 +8,10 @@ self-contained checkpoints, `final` (an ordinary Hugging Face folder), training_
     python train.py --dry_run                                        # only tell: steps, tokens, memory, disk
 """
 
+import argparse
 import difflib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import psutil
 import torch
 import yaml
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, disable_progress_bars
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
 
-logger = logging.getLogger(__name__)
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
 # What may change between the start of a run and its resumption, by how its name begins: where things are and what is
@@ -78,12 +78,16 @@ class TrainingArguments(SFTConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = not self.fp16 and supported
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns at each epoch otherwise
         # Without a GPU accelerate joins its processes only when told that they are to use the CPU: else each would
         # train alone, all into one folder. (ACCELERATE_TORCH_DEVICE: accelerate was told a device by name.)
         self.use_cpu |= not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ
         super().__post_init__()
+        if self.n_gpu > 1:  # Trainer would split batches with nn.DataParallel, which SFTTrainer refuses
+            say(f"note: of {self.n_gpu} GPUs one is used; accelerate launch --config_file accelerate_fsdp.yaml: all")
+            self._n_gpu = 1
 
 
 class Parser(TrlParser):
@@ -92,15 +96,16 @@ class Parser(TrlParser):
 
 
 def parse_args(dataclass_types, default_config: str) -> tuple:
-    """TrlParser with every value checked: YAML keys become arguments that stand before those of the command line.
+    """TrlParser, with the values of the YAML file checked as those of the command line are, which wins.
 
-    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an
-    unknown key (with the nearest known one) and a value of the wrong type. The three scripts share this function word
-    for word.
+    Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
+    key (with the nearest known one) and a value of the wrong type. The three scripts share it word for word.
     """
     parser = Parser(dataclass_types, allow_abbrev=False)
-    argv = list(sys.argv[1:])
-    path = default_config
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    dict_fields = {name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])}
+    argv, path = list(sys.argv[1:]), default_config
     for i, arg in enumerate(argv):
         if arg == "--config" or arg.startswith("--config="):
             inline = arg.partition("=")[2]
@@ -117,48 +122,41 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
-
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
         argv.remove(arg)
         config[arg[2:-1]] = None
-    on_command_line = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    for place, names in ((path, config), ("command line", given)):
+        for name in map(str, names):
+            if name not in actions and not (place != path and name.removeprefix("no_") in actions):
+                nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+                hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+                raise UserError(f"{place}: unknown key `{name}`{hint}")
 
-    def check_known(name: str, place: str):
-        if name not in actions and name.removeprefix("no_") not in actions:
-            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
-            raise UserError(f"{place}: unknown key `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
-
-    from_yaml = []
     for key, value in config.items():
-        check_known(str(key), path)
-        action, items = actions[key], value if isinstance(value, list) else [value]
-        dict_fields = [name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])]
-        if isinstance(value, list) and value and action.nargs != "+":
+        action, many = actions[key], actions[key].nargs == "+"
+        if isinstance(value, list) and not many:
             raise UserError(f"{path}: `{key}` takes one value, not a list")
-        for item in items:
-            if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
-                raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
-            if isinstance(item, list) or (isinstance(item, dict) and key not in dict_fields):
-                raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
-        if value is None or value == []:
+        if value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{path}: `{key}` needs a value")
+        if not (value is None or (isinstance(value, dict) and key in dict_fields)):
+            items = value if isinstance(value, list) else [value]
+            for item in items:
+                if isinstance(item, bool) and action.type.__name__ != "string_to_bool":
+                    raise UserError(f"{path}: `{key}` is {item} in YAML, not text; put it in quotes")
+                if item is None or isinstance(item, list | dict):
+                    raise UserError(f"{path}: `{key}` must not hold a {type(item).__name__}")
+            try:
+                value = [parser._get_value(action, str(item)) for item in items]
+            except argparse.ArgumentError as e:
+                raise UserError(f"{path}: {e}") from None
+            value = value if many else value[0]
+        if key not in given:
             parser.set_defaults(**{key: value})
-        elif key not in on_command_line:
-            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
-            from_yaml += [f"--{key}", *items] if action.nargs == "+" else [f"--{key}={items[0]}"]
     try:
-        _, unknown = parser.parse_known_args(from_yaml)
-        if unknown:
-            raise UserError(f"cannot read {unknown[0]!r}")
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(from_yaml + argv, True, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (UserError, ValueError) as e:
         raise UserError(f"{path} with the command line: {e}") from None
-    for arg in unknown:
-        if arg.startswith("--"):
-            check_known(arg.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
@@ -217,18 +215,22 @@ def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_
             end = len(render(messages[: i + 1]))
             if input_ids[: len(prompt)] != prompt:
                 raise ValueError(
-                    "the chat template renders the prompt alone differently from the prompt with its answer"
+                    "alone its prompt would be rendered in other tokens than with the answer behind it; strip white "
+                    "space from the beginning of the answer"
                 )
             while end > len(prompt) and input_ids[end - 1] not in stop_ids:
                 end -= 1
             if end == len(prompt):
-                raise ValueError("the chat template ends the answer without one of the model's stop tokens")
+                raise ValueError(
+                    "the chat template ends the answer without one of the model's stop tokens; name its end-of-turn "
+                    "token in eos_token"
+                )
             labels[len(prompt) : end] = input_ids[len(prompt) : end]
     return {"input_ids": input_ids, "labels": labels}
 
 
 def prepare(
-    path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool
+    path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool, packing: bool
 ) -> tuple[Dataset, dict]:
     """Rows as SFTTrainer takes them: tokenised, packed or cut to max_length. And their numbers, for print_plan.
 
@@ -252,7 +254,7 @@ def prepare(
     dataset = Dataset.from_list(examples)
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
-    if args.packing:
+    if packing:
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
     elif args.max_length:
         dataset = Dataset.from_list([{k: v[: args.max_length] for k, v in row.items()} for row in dataset])
@@ -271,18 +273,21 @@ def prepare(
 # ---- Model ---------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name_or_path: str, chat_template_path: str | None, revision: str | None):
+def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **hub):
     """The tokenizer, with a chat template that gives the same prompt on every day and a padding token of its own.
 
     Llama 3.2's template prints today's date: its call of strftime_now is replaced by what it gives for FIXED_DATE, so
     that whatever serves the checkpoint renders the prompt it was trained on. Raises UserError.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-        if chat_template_path:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError) as e:
         raise cannot_load(name_or_path, e) from None
+    if chat_template_path:
+        try:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {e.strerror}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name_or_path} has no chat template; name a Jinja file in chat_template_path")
     tokenizer.chat_template = re.sub(
@@ -290,6 +295,8 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None, revision: 
         lambda call: json.dumps(FIXED_DATE.strftime(call[2])),
         tokenizer.chat_template,
     )
+    if "strftime_now(" in tokenizer.chat_template:
+        raise UserError(f"the chat template of {name_or_path} prints a date in a way that cannot be fixed; edit it")
     if tokenizer.pad_token is None:  # SFTTrainer would take eos; Llama 3 has a token for it that it does not name
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         tokenizer.pad_token = next((token for token in special if "pad" in token.lower()), tokenizer.eos_token)
@@ -297,45 +304,55 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None, revision: 
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
+    """One sentence for a model that cannot be loaded: what was said, and the mend."""
     reason = str(error).strip().split("\n")[0].rstrip(".")
-    return UserError(
-        f"cannot load {name}: {reason} (gated model: accept its terms on its hub page and run `hf auth login`; "
-        "demo model: `python tools/fetch_gemma.py`; neither: configs/demo needs no login)"
-    )
+    gated = re.search(r"gated|\b40[13]\b", str(error)) or name.startswith(("meta-llama/", "google/"))
+    if gated:
+        mend = "a gated model: accept its terms on its hub page and run `hf auth login`; configs/demo needs no login"
+    elif name.startswith("models/"):
+        mend = "the demo's model is fetched by `python tools/fetch_gemma.py`"
+    else:
+        mend = "it must be a folder with a model, or its name on the hub"
+    return UserError(f"cannot load {name}: {reason} ({mend})")
 
 
-def stop_tokens(name_or_path: str, tokenizer, revision: str | None) -> list[int]:
-    """The ids that end an answer: what the model's generation config lists, and the tokenizer's eos."""
+def stop_tokens(name_or_path: str, tokenizer, eos_token: str | None, **hub) -> list[int]:
+    """The ids that end an answer: what the model's generation config lists, the tokenizer's eos and the recipe's."""
     try:
-        ids = GenerationConfig.from_pretrained(name_or_path, revision=revision).eos_token_id
+        ids = GenerationConfig.from_pretrained(name_or_path, **hub).eos_token_id
     except OSError:
         ids = None
-    ids = ids if isinstance(ids, list) else [ids]
-    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+    ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+    if eos_token:
+        ids.append(tokenizer.convert_tokens_to_ids(eos_token))
+    return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-def estimate_memory(config, parameters: int, args: SFTConfig, shards: int, longest: int) -> tuple[int, int]:
-    """Bytes a device needs: (states, activations).
+def estimate_memory(config, parameters: int, args: SFTConfig, sharded: bool, longest: int) -> tuple[int, int]:
+    """Bytes a device needs: (states, activations). Read from the libraries' code, not yet checked on GPUs.
 
-    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter, over the shards; under FSDP also one
-    block and the embedding gathered in the compute type. Activations, per token and layer: 34 x hidden bytes in bf16
-    (Korthikanti et al. 2022, arXiv:2205.05198, without dropout masks and with an MLP of the model's own width); with
-    checkpointing one hidden vector a layer and one layer in full. Attention's mask: one byte a pair of tokens.
+    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter, over the shards. Beside them, whole
+    on each device: the loss's fp32 gradient of the output layer; data parallel's buckets of gradients (4 bytes a
+    parameter); under FSDP2 with accumulation the gradients that wait (4 bytes); a block and the embedding gathered.
+    Activations, per token and layer: what attention and MLP keep for the backward pass, 9 hidden vectors and 4 of the
+    MLP's width; with checkpointing one hidden vector a layer, and one layer in full. The loss works on tiles of at
+    most 4,096 tokens x 32,768 words. Attention's mask of a packed sequence: one byte a pair of tokens.
     """
     text = config.get_text_config()
-    width = 2 if args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" else 4
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    mlp = getattr(text, "intermediate_size", None) or 4 * hidden
+    width = 4 if args.mixed_precision == "no" else 2  # bytes of a number in the arithmetic
     tokens = args.per_device_train_batch_size * longest
-    embedding = text.vocab_size * text.hidden_size
-    layer_parameters = (parameters - embedding) // text.num_hidden_layers
-    states = 16 * parameters // shards + ((embedding + layer_parameters) * width if shards > 1 else 0)
-    states += parameters * width if width == 2 and shards == 1 else 0  # autocast keeps a bf16 copy of the weights
-    per_layer = tokens * width * (9 * text.hidden_size + 4 * text.intermediate_size)
-    if args.activation_checkpointing:
-        layers = text.num_hidden_layers * tokens * width * text.hidden_size + per_layer
+    head = text.vocab_size * hidden
+    states = 16 * parameters // (args.world_size if sharded else 1) + 4 * head
+    if sharded:
+        states += (head + (parameters - head) // layers) * width
+        states += 4 * parameters * (args.gradient_accumulation_steps > 1)
     else:
-        layers = text.num_hidden_layers * per_layer
-    logits = min(tokens, 256) * text.vocab_size * 4 * 2  # SFTTrainer's loss works on chunks of tokens
-    return states, layers + logits + tokens * tokens
+        states += 4 * parameters * (args.world_size > 1) + parameters * width * (width == 2)  # autocast's copy
+    a_layer = tokens * width * (9 * hidden + 4 * mlp)
+    kept = layers * tokens * width * hidden + a_layer if args.activation_checkpointing else layers * a_layer
+    return states, kept + min(tokens, 4096) * min(text.vocab_size, 32768) * width * 2 + tokens * tokens
 
 
 # ---- Runs and checkpoints ------------------------------------------------------------------------------------------
@@ -344,16 +361,14 @@ def estimate_memory(config, parameters: int, args: SFTConfig, shards: int, longe
 def why_incomplete(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None.
 
-    Trainer writes the weights, the optimizer, the RNG state of each process and, last, trainer_state.json.
+    Trainer writes the weights, the optimizer, the RNG state of each process and, once all have (see _save_rng_state),
+    trainer_state.json.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "it was not written to its end"
-    states = len(list(checkpoint.glob("rng_state*.pth")))
-    if states < recipe["num_processes"]:
-        return f"it has the random states of {states} of {recipe['num_processes']} processes"
     return None
 
 
@@ -364,7 +379,8 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
         if reason:
             raise UserError(f"resume: cannot go on from {resume}: {reason}")
         return Path(resume)
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]), reverse=True)
+    found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    found.sort(key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
     if resume == "never" and found:
         raise UserError(f"{output_dir} holds {len(found)} checkpoints of an earlier run; choose another output_dir")
     for checkpoint in found:
@@ -423,14 +439,17 @@ def write_log(output_dir: Path, history: list[dict]):
     os.replace(output_dir / "loss.partial.png", output_dir / "loss.png")
 
 
-def model_card(recipe: dict, is_llama: bool) -> str:
+def model_card(recipe: dict) -> str:
     """README.md of a trained model: what it is, from which data, under which terms, with which settings."""
-    base, sources = recipe["model_name_or_path"], Path(recipe["train_file"]).with_name("SOURCES.md")
-    settings = {k: v for k, v in recipe["settings"].items() if k in CARD_SETTINGS}
+    base = recipe["model_name_or_path"].rstrip("/")
+    if (Path(base) / "recipe.json").exists():  # trained before: the terms are those of the first base
+        base = json.loads((Path(base) / "recipe.json").read_text(encoding="utf-8"))["model_name_or_path"].rstrip("/")
+    name, sources = base.split("/")[-1], Path(recipe["train_file"]).with_name("SOURCES.md")
+    llama = re.match(r"(meta-)?llama", name, re.IGNORECASE)
     terms = (
         "Built with Llama. The Llama licence applies: keep this line, ship the agreement with the weights, and let "
         "the name of what you distribute begin with Llama."
-        if is_llama
+        if llama
         else f"The terms of {base} apply to these weights."
     )
     lines = [
@@ -440,7 +459,7 @@ def model_card(recipe: dict, is_llama: bool) -> str:
         f"base_model: {base}",
         "tags: [trl, sft]",
         "---",
-        f"# {'Llama-' if is_llama else ''}{base.rstrip('/').split('/')[-1]} taught one topic",
+        f"# {name if not llama else 'Llama' + name[llama.end() :]}, taught one topic",
         f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} "
         f"(sha256 {recipe['data_sha256']}). It answers from memory and can be wrong.",
         "## Licence",
@@ -448,8 +467,8 @@ def model_card(recipe: dict, is_llama: bool) -> str:
         "## Data",
         sources.read_text(encoding="utf-8").partition("\n\n")[2] if sources.exists() else "Sources not recorded.",
         "## Settings",
-        "\n".join(f"- {k}: {v}" for k, v in settings.items()),
-        "- " + ", ".join(f"{k} {v}" for k, v in recipe["versions"].items()),
+        *(f"- {key}: {recipe['settings'][key]}" for key in CARD_SETTINGS if key in recipe["settings"]),
+        "- " + ", ".join(f"{key} {value}" for key, value in recipe["versions"].items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -457,14 +476,13 @@ def model_card(recipe: dict, is_llama: bool) -> str:
 class Trainer(SFTTrainer):
     """SFTTrainer whose every checkpoint-N can be used without the run that made it."""
 
-    def __init__(self, recipe: dict, **kwargs):
-        super().__init__(**kwargs)
-        self.recipe = recipe
+    recipe: dict  # set by main
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Also writes configs, tokenizer and recipe: with sharded FSDP the base class writes nothing at all."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            write_log(Path(self.args.output_dir), self.state.log_history)
             self.save_companions(Path(output_dir or self.args.output_dir))
 
     def save_companions(self, folder: Path):
@@ -494,26 +512,12 @@ class Trainer(SFTTrainer):
             for tied in model.all_tied_weights_keys:  # gathered, they no longer share memory: store them once
                 state_dict.pop(tied, None)
             model.save_pretrained(beside, state_dict=state_dict)
+            write_log(final.parent, self.state.log_history)
             self.save_companions(beside)
-            card = model_card(self.recipe, model.config.model_type == "llama" and "llama" in model_name(self.recipe))
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            (beside / "README.md").write_text(model_card(self.recipe), encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
         self.accelerator.wait_for_everyone()
-
-
-def model_name(recipe: dict) -> str:
-    return recipe["model_name_or_path"].lower()
-
-
-class LogCallback(TrainerCallback):
-    """Keeps training_log.jsonl and loss.png up to date at every save."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_log(Path(args.output_dir), state.log_history)
-
-    on_train_end = on_save
 
 
 # ---- The run -------------------------------------------------------------------------------------------------------
@@ -528,7 +532,7 @@ def say(text: str):
 def check_processes():
     """Raises UserError when the launcher started more processes than there are GPUs."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if torch.cuda.is_available() and processes > gpus:
+    if torch.cuda.is_available() and processes > gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
         raise UserError(f"{processes} processes were started for {gpus} GPUs; launch with --num_processes={gpus}")
 
 
@@ -564,9 +568,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
     step_tokens = numbers["tokens_kept"] / numbers["sequences"] * batch * processes * accumulation
 
-    states, activations = estimate_memory(model_config, parameters, args, processes if fsdp else 1, numbers["longest"])
+    states, activations = estimate_memory(model_config, parameters, args, fsdp is not None, numbers["longest"])
     if args.device.type == "cuda":
-        there, where = torch.cuda.get_device_properties(args.device).total_memory, "a GPU"
+        there, where = torch.cuda.mem_get_info(args.device)[0], "a GPU"
     else:  # processes on one machine share its memory
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         there, where = psutil.virtual_memory().available // local, "a process"
@@ -600,16 +604,17 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
         f"{gigabytes(free)} free",
     }
     if fsdp:
+        blocks = fsdp.transformer_cls_names_to_wrap or model._no_split_modules
+        policy = getattr(fsdp.auto_wrap_policy, "__name__", "no wrapping")
         plan["FSDP"] = (
-            f"version {fsdp.fsdp_version}, reshard_after_forward {fsdp.reshard_after_forward}, wrap "
-            f"{fsdp.transformer_cls_names_to_wrap or model._no_split_modules}, {fsdp.state_dict_type.name}, "
+            f"version {fsdp.fsdp_version}, reshard_after_forward {fsdp.reshard_after_forward}, {policy}"
+            f"{f' of {blocks}' if 'transformer' in policy else ''}, {fsdp.state_dict_type.name}, "
             f"cpu_ram_efficient_loading {fsdp.cpu_ram_efficient_loading}, activation_checkpointing "
-            f"{fsdp.activation_checkpointing}, "
-            f"offload {isinstance(fsdp.cpu_offload, CPUOffloadPolicy)}"
+            f"{fsdp.activation_checkpointing}, offload {isinstance(fsdp.cpu_offload, CPUOffloadPolicy)}"
         )
     for name, value in plan.items():
         say(f"{name:>8}: {value}")
-    if processes > 1 and not fsdp:
+    if processes > 1 and not fsdp and args.device.type == "cuda":
         say(
             f"note: {processes} processes without FSDP each hold the whole model; this shards it: "
             "accelerate launch --config_file accelerate_fsdp.yaml train.py"
@@ -631,29 +636,32 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
 def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     if args.resume_from_checkpoint:
         raise UserError("resume_from_checkpoint is Trainer's own; here it is `resume: auto`, `never` or a checkpoint")
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process; use all with `accelerate launch --config_file "
-            "accelerate_fsdp.yaml train.py`, or one with CUDA_VISIBLE_DEVICES=0"
-        )
+    if args.fsdp or args.deepspeed:
+        raise UserError("fsdp and deepspeed are not set here but by `accelerate launch --config_file FILE`")
     if args.packing and not args.max_length:
         raise UserError("packing needs max_length")
     disable_progress_bars()  # those of datasets: one for each step of packing, in every process
     output_dir, name = Path(args.output_dir), script_args.model_name_or_path
-    model_kwargs = dict(args.model_init_kwargs or {})
-    revision = model_kwargs.get("revision")
+    model_kwargs = {
+        "dtype": torch.float32,
+        "trust_remote_code": args.trust_remote_code,
+        **(args.model_init_kwargs or {}),
+    }
+    hub = {key: model_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_kwargs}
     try:
-        model_config = AutoConfig.from_pretrained(name, revision=revision)
+        model_config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as e:
         raise cannot_load(name, e) from None
-    tokenizer = load_tokenizer(name, args.chat_template_path, revision)
-    stop_ids = stop_tokens(name, tokenizer, revision)
+    tokenizer = load_tokenizer(name, args.chat_template_path, **hub)
+    stop_ids = stop_tokens(name, tokenizer, args.eos_token, **hub)
     args.completion_only_loss = args.completion_only_loss is not False
 
-    dataset, numbers = prepare(script_args.train_file, tokenizer, stop_ids, args, script_args.allow_truncation)
+    how = (tokenizer, stop_ids, args, script_args.allow_truncation)
+    dataset, numbers = prepare(script_args.train_file, *how, packing=args.packing)
     eval_dataset = None
     if script_args.eval_file:
-        eval_dataset, _ = prepare(script_args.eval_file, tokenizer, stop_ids, args, script_args.allow_truncation)
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        eval_dataset, _ = prepare(script_args.eval_file, *how, packing=packing)
     elif args.eval_strategy != "no":
         raise UserError("eval_strategy needs eval_file")
     fsdp = fsdp_settings(args)
@@ -661,44 +669,48 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     if script_args.dry_run:
         say(f"dry run: it cannot fit: {obstacle}" if obstacle else "dry run: stopping before the first step")
         sys.exit(1 if obstacle else 0)
-    if obstacle:
-        raise UserError(obstacle)
 
-    commit = getattr(model_config, "_commit_hash", None) or revision
+    commit = getattr(model_config, "_commit_hash", None) or hub.get("revision")
     recipe = make_recipe(script_args, args, config, fsdp.state_dict_type.name if fsdp else None, commit)
-    checkpoint = find_checkpoint(script_args.resume, output_dir)
-    if checkpoint:
-        then = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+    checkpoint, final = find_checkpoint(script_args.resume, output_dir), output_dir / "final"
+    finished = (final / "recipe.json").exists()
+    if checkpoint or finished:
+        earlier = checkpoint or final
+        then = json.loads((earlier / "recipe.json").read_text(encoding="utf-8"))
         changed = differences(then, recipe)
         if changed:
             raise UserError(
-                f"{checkpoint} is of another run ({'; '.join(changed)}); go back to its settings or choose another "
+                f"{earlier} is of another run ({'; '.join(changed)}); go back to its settings or choose another "
                 "output_dir"
             )
-        if then["step"] >= steps and (output_dir / "final" / "recipe.json").exists():
-            say(f"this run is finished: {output_dir}/final holds the model of step {then['step']}")
+        if finished and then["step"] >= steps:
+            say(f"this run is finished: {final} holds the model of step {then['step']}")
             return
-        say(f"going on from {checkpoint}")
+        say(f"going on from {earlier}")
+    if obstacle:
+        raise UserError(obstacle)
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **model_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
     except (OSError, ValueError, ImportError) as e:
         raise cannot_load(name, e) from None
     # What SFTTrainer would do to the rows is done; the template, with its date fixed, is in the tokenizer.
-    args.dataset_kwargs, args.chat_template_path = {"skip_prepare_dataset": True}, None
+    args.dataset_kwargs, args.chat_template_path, args.model_init_kwargs = {"skip_prepare_dataset": True}, None, None
     try:
         trainer = Trainer(
-            recipe,
             model=model,
             args=args,
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[LogCallback()],
         )
     except (ImportError, RuntimeError, ValueError) as e:  # a tracker not installed, settings that exclude each other
         raise UserError(str(e).strip().split("\n")[0]) from None
     assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
+    trainer.recipe = recipe
+    if fsdp and args.mixed_precision == "bf16":  # accelerate would also sum gradients in bf16, across GPUs and batches
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final()
     say(

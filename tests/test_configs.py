@@ -104,6 +104,7 @@ def test_the_scripts_share_their_parser_word_for_word():
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 def test_readme_names_what_exists(readme):
     text = readme.read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@", text)
     made = ("data/", "outputs/", "models/", "configs/mine/", "my_", "exported")
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|yaml|txt|md|jsonl|toml))`", text):
         if not path.startswith(made) or path == "data/sample_articles.jsonl":

@@ -79,9 +79,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(sharded_run, recipe, fp32_
     again = tmp_path / "run"
     shutil.copytree(output_dir, again)
     shutil.rmtree(again / "final")
-    (again / "checkpoint-8" / "rng_state_1.pth").unlink()
+    (again / "checkpoint-8" / "trainer_state.json").unlink()
     result = launch(fp32_config, "--config", recipe, "--output_dir", again, *PLAIN)
-    assert "checkpoint-8: it has the random states of 1 of 2 processes" in result.stdout
+    assert "checkpoint-8: it was not written to its end" in result.stdout
     assert f"going on from {again}/checkpoint-4" in result.stdout
     assert same(weights(again / "final"), weights(output_dir / "final")) and losses(again) == losses(output_dir)
 
@@ -145,7 +145,6 @@ def test_without_gpus_it_says_that_nothing_is_sharded(recipe, tmp_path):
     )
     assert result.stdout.count("plain data parallel: nothing is sharded") == 1
     assert "2 devices x 1 sequences" in result.stdout
-    assert result.stdout.count("each hold the whole model; this shards it: accelerate launch --config_file") == 1
 
 
 def test_a_mistake_is_told_once_by_the_first_process(recipe, tmp_path):

@@ -1,10 +1,13 @@
 """Which checkpoints are asked, with which prompt, and what is written about the answers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import torch
-from conftest import read_jsonl, script
+from conftest import ROOT, read_jsonl, script
 
 import generate
 
@@ -12,7 +15,10 @@ import generate
 def test_a_run_is_asked_in_step_order_after_its_base(finished_run, tiny_model, tmp_path):
     answers = tmp_path / "answers.jsonl"
     questions = tmp_path / "questions.jsonl"
-    rows = [{"id": "q1", "question": "조조의 자는?", "tier": "A"}, {"id": "q2", "prompt": "유비의 자는?"}]
+    rows = [
+        {"id": "q1", "question": "조조의 자는?", "tier": "A", "answer": "맹덕"},
+        {"id": "q2", "prompt": "유비의 자는?"},
+    ]
     questions.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     result = script(
         "generate.py", "--checkpoint", finished_run, "--prompts_file", questions, "--max_new_tokens", "12",
@@ -23,6 +29,7 @@ def test_a_run_is_asked_in_step_order_after_its_base(finished_run, tiny_model, t
     assert [(row["checkpoint"], row["step"]) for row in written] == [pair for pair in expected for _ in range(2)]
     assert [row["id"] for row in written] == ["q1", "q2"] * 3 and written[0]["tier"] == "A"
     assert written[0]["prompt"] == "조조의 자는?" and written[0]["question"] == "조조의 자는?"
+    assert written[0]["row_answer"] == "맹덕"  # a field of the name of one of ours is kept beside it
     for row in written:
         assert 0 < row["tokens"] <= 12 and row["ended"] == (row["tokens"] < 12 or row["ended"]) and row["seconds"] > 0
     assert "step 8" in result.stdout and "조조의 자는?" in result.stdout
@@ -34,8 +41,9 @@ def test_final_is_asked_where_the_last_checkpoint_is_another(finished_run, tmp_p
     shutil.copytree(finished_run, run)
     shutil.rmtree(run / "checkpoint-8")
     assert generate.expand(str(run)) == [(f"{run}/checkpoint-4", 4), (f"{run}/final", 8)]
-    assert generate.base_of([str(run)], "none") is None and generate.base_of([str(run)], "x/y") == "x/y"
+    assert generate.base_of([str(run)], "none") is None and generate.base_of([str(run)], "x/y") == ("x/y", "x/y")
     assert generate.base_of([str(run / "final")], "auto") is None  # one checkpoint was asked for
+    assert generate.base_of([str(run)], "auto")[1] == f"{run}/checkpoint-4"  # asked with its own run's prompt
 
 
 def test_half_written_checkpoints_are_named_and_left_out(finished_run, tmp_path, capsys):
@@ -90,16 +98,14 @@ def test_special_tokens_in_a_question_stay_text(finished_run):
     assert planted.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
 
 
-def test_questions_typed_in_are_answered(finished_run):
-    import os
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
+def test_questions_typed_in_are_answered(finished_run, tmp_path):
+    """The last checkpoint of a run answers; what streams is what it answers in a batch."""
     command = [sys.executable, "generate.py", "--checkpoint", finished_run, "--interactive", "--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
         command, input="조조는 누구야?\n\n", cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert len(result.stdout.replace("Ask; an empty line ends.", "").replace(">", "").strip()) > 0
+    batch = ("--max_new_tokens", "8", "--prompt", "조조는 누구야?", "--output_file", tmp_path / "answers.jsonl")
+    script("generate.py", "--checkpoint", finished_run / "checkpoint-8", *batch)
+    (row,) = read_jsonl(tmp_path / "answers.jsonl")
+    assert row["answer"] and row["answer"] in result.stdout

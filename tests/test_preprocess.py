@@ -235,5 +235,10 @@ def test_a_local_folder_can_stand_for_a_hub_dataset(sample, tmp_path):
         "--output_dir", tmp_path / "out", env={"HF_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert len(read_jsonl(tmp_path / "out" / "train.jsonl")) > 20
+    wrong = ("--dataset_name", tmp_path / "dump", "--text_column", "body", "--output_dir", tmp_path / "wrong")
+    env = {"HF_HOME": str(tmp_path / "cache2")}
+    result = script("preprocess.py", "--config", "configs/blog/preprocess.yaml", *wrong, env=env, ok=False)
+    assert result.returncode == 2 and "['title', 'body']" in result.stderr and "contributors" in result.stderr
+    assert "Traceback" not in result.stderr.split("preprocess.py: ")[-1]
     cached = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*.arrow"))
     assert "관우".encode() in cached and b"203.0.113" not in cached
