@@ -497,6 +497,12 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args, **kwargs):
         """Called by SFTTrainer at each save; the card is written once, with the final model."""
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:  # a run killed behind its last checkpoint: the base class would train one step too many
+            self.control.should_training_stop = True
+
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json, written next by one process, says all is there
@@ -574,7 +580,8 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     else:  # processes on one machine share its memory
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         there, where = psutil.virtual_memory().available // local, "a process"
-    saves = 0 if args.save_strategy == "no" else -(-steps // int(args.save_steps if args.save_steps >= 1 else 1))
+    every = steps_an_epoch if args.save_strategy == "epoch" else args.save_steps  # below 1 a share of all steps
+    saves = 0 if args.save_strategy == "no" else -(-steps // max(1, int(every if every >= 1 else every * steps)))
     saves = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # one more while rotating
     full = fsdp is not None and "FULL" in str(fsdp.state_dict_type)
     disk = parameters * ((16 if full else 12) * saves + 4)  # fp32 weights and Adam's two moments; final: weights

@@ -1,6 +1,7 @@
 """What is learned (and only that), what a checkpoint holds, and how a run goes on."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_a_half_written_checkpoint_is_skipped(finished_run, recipe, tmp_path):
     assert losses(run) == losses(finished_run)
     again = script("train.py", "--config", recipe, "--output_dir", run)
     assert "this run is finished" in again.stdout
+
+
+def test_a_run_killed_while_its_final_model_was_written_writes_it(finished_run, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    os.rename(run / "final", run / "final.partial")
+    result = script("train.py", "--config", recipe, "--output_dir", run)
+    assert f"going on from {run}/checkpoint-8" in result.stdout
+    assert same(weights(run / "final"), weights(finished_run / "final"))
+    assert losses(run) == losses(finished_run) and not (run / "final.partial").exists()
 
 
 def test_a_run_with_other_settings_is_not_resumed(finished_run, recipe, chats, tmp_path):
