@@ -564,11 +564,8 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     parameters = sum(p.numel() for p in model.parameters())
-    processes, batch, accumulation = (
-        args.world_size,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-    )
+    processes, batch = args.world_size, args.per_device_train_batch_size
+    accumulation = args.gradient_accumulation_steps
     batches = -(-numbers["sequences"] // (batch * processes))
     steps_an_epoch = -(-batches // accumulation)
     steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
@@ -587,9 +584,8 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     disk = parameters * ((16 if full else 12) * saves + 4)  # fp32 weights and Adam's two moments; final: weights
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    free += sum(
-        file.stat().st_size for file in folder.rglob("*") if file.is_file()
-    )  # a run that goes on replaces them
+    own = [file for name in ("checkpoint-*", "final") for part in folder.glob(name) for file in part.rglob("*")]
+    free += sum(file.stat().st_size for file in own if file.is_file())  # of a run that goes on: counted above
     cut = numbers["tokens"] - numbers["tokens_kept"]
     precision = (
         "bf16 over fp32 weights" if args.mixed_precision == "bf16" else args.mixed_precision.replace("no", "fp32")
