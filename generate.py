@@ -197,20 +197,19 @@ def expand(name: str) -> list[tuple[str, int | None]]:
     return [(str(c), step_of(c)) for c in complete]
 
 
-def base_of(checkpoints: list[str], base_model: str) -> tuple[str, str] | None:
+def base_of(asked: dict[str, list[tuple[str, int | None]]], base_model: str) -> tuple[str, str] | None:
     """The base model that answers first, and the checkpoint whose prompt it is asked with: its run's, so that both are
-    asked the same. `auto` takes the base of the first run given; a single checkpoint is asked alone.
+    asked the same. `asked` is what expand gives for each --checkpoint; `auto` takes the base of the first run among
+    them, and a single checkpoint is asked alone.
     """
     if base_model == "none":
         return None
     if base_model != "auto":
         return base_model, base_model
-    for name in checkpoints:
-        if Path(name).is_dir() and not has_weights(Path(name)):
-            first, _ = expand(name)[0]
-            recipe = Path(first) / "recipe.json"
-            if recipe.exists():
-                return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"], first
+    for name, found in asked.items():
+        recipe = Path(found[0][0]) / "recipe.json"
+        if found[0][0] != name and recipe.exists():
+            return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"], found[0][0]
     return None
 
 
@@ -409,10 +408,11 @@ def main(args: GenerateArguments, config: str):
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise UserError("batch_size and max_new_tokens must be at least 1")
     # What is asked: (model, its step, whose tokenizer and prompt).
-    checkpoints = [(path, step, path) for name in args.checkpoint for path, step in expand(name)]
+    asked = {name: expand(name) for name in args.checkpoint}
+    checkpoints = [(path, step, path) for found in asked.values() for path, step in found]
     if args.interactive:
         checkpoints = checkpoints[-1:]
-    elif base := base_of(args.checkpoint, args.base_model):
+    elif base := base_of(asked, args.base_model):
         checkpoints.insert(0, (base[0], 0, base[1]))
     rows = []
     if not args.interactive:

@@ -40,10 +40,13 @@ def test_final_is_asked_where_the_last_checkpoint_is_another(finished_run, tmp_p
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     shutil.rmtree(run / "checkpoint-8")
-    assert generate.expand(str(run)) == [(f"{run}/checkpoint-4", 4), (f"{run}/final", 8)]
-    assert generate.base_of([str(run)], "none") is None and generate.base_of([str(run)], "x/y") == ("x/y", "x/y")
-    assert generate.base_of([str(run / "final")], "auto") is None  # one checkpoint was asked for
-    assert generate.base_of([str(run)], "auto")[1] == f"{run}/checkpoint-4"  # asked with its own run's prompt
+    asked = {str(run): generate.expand(str(run))}
+    assert asked[str(run)] == [(f"{run}/checkpoint-4", 4), (f"{run}/final", 8)]
+    assert generate.base_of(asked, "none") is None and generate.base_of(asked, "x/y") == ("x/y", "x/y")
+    assert (
+        generate.base_of({str(run / "final"): generate.expand(str(run / "final"))}, "auto") is None
+    )  # one checkpoint was asked for
+    assert generate.base_of(asked, "auto")[1] == f"{run}/checkpoint-4"  # asked with its own run's prompt
 
 
 def test_half_written_checkpoints_are_named_and_left_out(finished_run, tmp_path, capsys):
