@@ -278,3 +278,23 @@ def test_a_base_model_can_be_given_a_template_and_its_end_of_turn(recipe, tiny_m
     script(*run, "--eos_token", "<|eot_id|>")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert set(final.generation_config.eos_token_id) == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3", "gpt2"])
+def test_other_kinds_of_models_learn_too(kind, recipe, tokenizer, tmp_path):
+    """The demo's kind, one with another norm and untied weights, and one from before rotary positions."""
+    from transformers import CONFIG_MAPPING
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if kind == "gpt2":
+        size = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 1024}
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    config = CONFIG_MAPPING[kind](**size, eos_token_id=eos, bos_token_id=bos, pad_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = ("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--packing", "false")
+    script("train.py", "--config", recipe, *run)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    result = script("generate.py", "--checkpoint", tmp_path / "run", "--prompt", "조조?", "--max_new_tokens", "4")
+    assert "step 4" in result.stdout and "step 8" in result.stdout
