@@ -447,6 +447,7 @@ def main(args: GenerateArguments, config: str):
             beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
             os.replace(beside, args.output_file)
         except OSError as e:
+            beside.unlink(missing_ok=True)
             raise UserError(f"cannot write {args.output_file}: {e.strerror}") from None
         print(f"wrote {args.output_file}")
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SAMPLE, script
+from conftest import ROOT, SAMPLE, run, script
 
 import preprocess
 import train
@@ -125,6 +126,25 @@ def test_two_recipes_do_not_write_to_one_folder(tmp_path):
     shutil.copy(ROOT / "configs/blog/preprocess.yaml", other)
     result = script("preprocess.py", "--config", other, "--data_files", SAMPLE, "--output_dir", tmp_path, ok=False)
     assert_mistake(result, "holds the output of blog/preprocess.yaml; choose another output_dir")
+
+
+def test_a_full_disk_leaves_nothing_half_written(finished_run, tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails in the middle with an OSError."""
+
+    def limited(*command, **kwargs):
+        words = shlex.join(map(str, command))
+        result = run("bash", "-c", f"ulimit -f 2; exec {shlex.quote(sys.executable)} {words}", ok=False, **kwargs)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        return result.stderr
+
+    out = tmp_path / "out"
+    said = limited(*PREPROCESS, "--output_dir", out)
+    assert "preprocess.py: cannot write to" in said and not out.exists() and not list(tmp_path.iterdir())
+    questions = tmp_path / "questions.txt"
+    questions.write_text("조조는 누구야?\n" * 40, encoding="utf-8")
+    ask = ("generate.py", "--checkpoint", finished_run / "final", "--prompts_file", questions, "--max_new_tokens", "2")
+    said = limited(*ask, "--output_file", tmp_path / "answers.jsonl")
+    assert "generate.py: cannot write" in said and [path.name for path in tmp_path.iterdir()] == ["questions.txt"]
 
 
 def test_no_room_and_no_folder(recipe, tmp_path):
