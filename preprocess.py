@@ -456,7 +456,7 @@ def print_report(report: dict):
         table.add_column(name, justify=justify)
     for rule, drop in report["dropped"].items():
         counts = ", ".join(f"{k} {n}" for k, n in list(drop.get("keywords", {}).items())[:5])
-        samples = ", ".join(str(title) for title in drop["samples"])
+        samples = ", ".join((title or "").strip() or "(empty)" for title in drop["samples"])
         table.add_row(f"dropped: {rule}", f"{drop['rows']:,}", escape(f"{samples} ({counts})" if counts else samples))
     top = ", ".join(f"{k} {n}" for k, n in list(report["kept"]["title_keywords"].items())[:8])
     table.add_row("kept", f"{report['kept']['rows']:,}", escape(top))
@@ -478,11 +478,12 @@ def main(args: PreprocessArguments, config: str):
     output_dir = Path(args.output_dir)
     recipe = "/".join(Path(config).parts[-2:])
     if (output_dir / "report.json").exists():
-        other = json.loads((output_dir / "report.json").read_text(encoding="utf-8")).get("recipe")
+        try:
+            other = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):
+            other = "another program"
         if other != recipe:
-            raise UserError(
-                f"{output_dir} holds the output of {other}; choose another output_dir or delete the folder"
-            )
+            raise UserError(f"{output_dir} holds the output of {other}; choose another output_dir or delete it")
     try:
         args.question.format(title="", part=1, parts=1), args.continuation_question.format(title="", part=1, parts=1)
         re.compile(args.title_suffix_pattern or "")

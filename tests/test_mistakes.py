@@ -126,6 +126,8 @@ def test_two_recipes_do_not_write_to_one_folder(tmp_path):
     shutil.copy(ROOT / "configs/blog/preprocess.yaml", other)
     result = script("preprocess.py", "--config", other, "--data_files", SAMPLE, "--output_dir", tmp_path, ok=False)
     assert_mistake(result, "holds the output of blog/preprocess.yaml; choose another output_dir")
+    (tmp_path / "report.json").write_text("{")
+    assert_mistake(script(*PREPROCESS, "--output_dir", tmp_path, ok=False), "holds the output of another program")
 
 
 def test_a_full_disk_leaves_nothing_half_written(finished_run, tmp_path):
