@@ -7,8 +7,8 @@ BIN := .venv/bin
 CONFIG := configs/demo
 ANSWERS := outputs/demo/answers.jsonl
 
-# glibc's allocator: keep freed memory and use huge pages. Otherwise each training step of the demo spends as long on
-# fresh pages from the kernel as on arithmetic. Elsewhere (macOS, musl) these variables mean nothing.
+# glibc's allocator: keep freed memory and use huge pages. Otherwise much of each training step of the demo goes to
+# the kernel handing out fresh pages. Elsewhere (macOS, musl) these variables mean nothing.
 export THP_MEM_ALLOC_ENABLE = 1
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 200000000000

@@ -31,6 +31,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 import yaml
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -521,7 +522,10 @@ def main(args: PreprocessArguments, config: str):
         )
 
     articles = tqdm(table.to_pylist(), desc="chats", unit=" articles", disable=None)
-    chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]
+    try:
+        chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]
+    except TemplateError as e:
+        raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
     parts = [int(c["chat"]["id"].rpartition("-")[2]) for c in chats]
     lengths = [len(text) for text in table["text"].to_pylist()]
     counts = [c["tokens"] for c in chats] if tokenizer else []

@@ -27,6 +27,7 @@ import torch
 import yaml
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, disable_progress_bars
+from jinja2 import TemplateError
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -241,7 +242,7 @@ def prepare(
     for row in tqdm(read_rows(path), desc="tokenizing", unit=" rows", disable=hidden):
         try:
             example = tokenize_chat(row["messages"], tokenizer, stop_ids, args.completion_only_loss)
-        except ValueError as e:
+        except (ValueError, TemplateError) as e:  # TemplateError: such as a role that the chat template does not know
             raise UserError(f"{path}, row {row['id']}: {e}") from None
         if args.max_length and len(example["input_ids"]) > args.max_length and not allow_truncation:
             raise UserError(
@@ -707,7 +708,9 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
         )
-    except (ImportError, RuntimeError, ValueError) as e:  # a tracker not installed, settings that exclude each other
+    except (ImportError, RuntimeError, ValueError) as e:  # settings that exclude each other, a tracker not installed
+        if isinstance(e, RuntimeError) and "to be installed" not in str(e):
+            raise
         raise UserError(str(e).strip().split("\n")[0]) from None
     assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
     trainer.recipe = recipe

@@ -194,6 +194,17 @@ def test_bad_rows_are_named_by_line(recipe, line, tmp_path):
     assert_mistake(result, "train.jsonl, line 3: not a chat")
 
 
+def test_a_chat_template_that_refuses_a_chat(recipe, tmp_path):
+    """The demo's template knows no system turn; another is broken."""
+    turns = [{"role": role, "content": "."} for role in ("system", "user", "assistant")]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns, "id": "a-1"}) + "\n")
+    template = ("--chat_template_path", ROOT / "tools" / "gemma_chat_template.jinja")
+    run_it = ("train.py", "--config", recipe, "--train_file", tmp_path / "train.jsonl", "--dry_run")
+    assert_mistake(script(*run_it, *template, ok=False), "row a-1: this template knows the roles user and assistant")
+    (tmp_path / "broken.jinja").write_text("{% if %}")
+    assert_mistake(script(*run_it, "--chat_template_path", tmp_path / "broken.jinja", ok=False), "row a-1")
+
+
 def test_a_tokenizer_without_chat_template(recipe, tiny_model, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(tiny_model, bare)
