@@ -41,6 +41,7 @@ from transformers import (
 from trl import TrlParser
 
 SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of sharded weights
+SHOWN = 20  # questions whose answers are printed
 
 
 class UserError(Exception):
@@ -286,7 +287,7 @@ def cannot_load(name: str, error: Exception) -> UserError:
 def read_prompts(path: str) -> list[dict]:
     """Questions of a file as rows with a `prompt`: plain lines, or JSON objects whose other fields are kept.
 
-    Raises UserError with the line number of a bad line.
+    A quiz's first line, {"about": …}, asks nothing. Raises UserError with the line number of a bad line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -300,6 +301,8 @@ def read_prompts(path: str) -> list[dict]:
         if path.endswith((".jsonl", ".json")):
             try:
                 row = json.loads(line)
+                if "about" in row and not rows:
+                    continue
                 row = {**row, "prompt": row.get("prompt") or row["question"]}
                 if not isinstance(row["prompt"], str):
                     raise TypeError
@@ -332,10 +335,16 @@ def sampling(args: GenerateArguments) -> dict:
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
-    """The ids that end an answer: those of the model's generation config, and the tokenizer's eos."""
+    """The ids that end an answer, of the generation config and the tokenizer. Raises UserError."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+    ids = [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+    if not ids:
+        raise UserError(
+            f"{model.name_or_path or 'the model'} cannot end an answer: neither its generation_config.json nor its "
+            "tokenizer names an eos token"
+        )
+    return ids
 
 
 def encode(questions: list[str], tokenizer, device: torch.device):
@@ -367,8 +376,12 @@ def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: Genera
 
 
 def show(answers: list[dict], console: Console):
-    """Prints each question with the answers of all checkpoints below it. Lines said over and over are counted."""
-    for question in dict.fromkeys(row["prompt"] for row in answers):
+    """Prints each question with the answers of all checkpoints below it, of many questions the first ones.
+
+    Lines said over and over are counted.
+    """
+    questions = list(dict.fromkeys(row["prompt"] for row in answers))
+    for question in questions[:SHOWN]:
         console.rule(f"[bold]{escape(question)}", align="left")
         for row in (row for row in answers if row["prompt"] == question):
             ended = "ended by itself" if row["ended"] else "cut off"
@@ -379,6 +392,8 @@ def show(answers: list[dict], console: Console):
                 times = len(list(copies))
                 console.print(escape(line) + (f" [dim](x {times})[/]" if times > 1 else ""))
             console.print()
+    if len(questions) > SHOWN:
+        console.print(f"… and {len(questions) - SHOWN:,} more questions; --output_file keeps all answers")
 
 
 def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
@@ -425,9 +440,18 @@ def main(args: GenerateArguments, config: str):
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    tokenizers, answers = [load_tokenizer(name) for _, _, name in checkpoints], []
-    for (name, step, _), tokenizer in zip(checkpoints, tokenizers, strict=True):
-        model = load_model(name, dtype).to(device).eval()
+    answers, failed = [], []
+    for name, step, prompted_as in checkpoints:
+        try:
+            tokenizer = load_tokenizer(prompted_as)
+            model = load_model(name, dtype).to(device).eval()
+            stop_tokens(model, tokenizer)
+        except UserError as e:
+            if len(checkpoints) == 1:
+                raise
+            failed.append(name)  # the others still answer
+            print(f"skipping {name}: {e}", file=sys.stderr)
+            continue
         if args.interactive:
             return chat(model, tokenizer, args)
         set_seed(args.seed)
@@ -441,7 +465,7 @@ def main(args: GenerateArguments, config: str):
         del model
     show(answers, Console(highlight=False))
 
-    if args.output_file:
+    if args.output_file and answers:
         beside = Path(f"{args.output_file}.partial")
         try:
             beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
@@ -450,6 +474,8 @@ def main(args: GenerateArguments, config: str):
             beside.unlink(missing_ok=True)
             raise UserError(f"cannot write {args.output_file}: {e.strerror}") from None
         print(f"wrote {args.output_file}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checkpoints)} models did not answer: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

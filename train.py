@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -59,7 +60,10 @@ class ScriptArguments:
         default="meta-llama/Llama-3.2-1B-Instruct", metadata={"help": "Model to teach: hub name or folder."}
     )
     train_file: str = field(default="data/three_kingdoms/train.jsonl", metadata={"help": "Chats, one a line."})
-    eval_file: str | None = field(default=None, metadata={"help": "Chats for eval_strategy, same format."})
+    eval_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "For eval_strategy: chats held out, or a quiz, of which the development split is used."},
+    )
     resume: str = field(
         default="auto", metadata={"help": "auto: go on from the last complete checkpoint; never; or a checkpoint."}
     )
@@ -166,8 +170,11 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
 # ---- Rows ----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: str) -> list[dict]:
-    """The chats of a JSONL file as [{"id", "messages"}]. Raises UserError with the line number of a bad line."""
+def read_rows(path: str, evaluation: bool = False) -> list[dict]:
+    """The chats of a JSONL file as [{"id", "messages"}]; for evaluation also the development questions of a quiz.
+
+    Raises UserError with the line number of a bad line.
+    """
     rows = []
     try:
         with open(path, encoding="utf-8") as f:
@@ -176,6 +183,11 @@ def read_rows(path: str) -> list[dict]:
                     continue
                 try:
                     row = json.loads(line)
+                    if evaluation and "messages" not in row:  # a quiz: the other split is for reporting only
+                        if "about" in row or row["tier"] == "N" or row.get("split") != "dev":
+                            continue
+                        turns = ("user", row["question"]), ("assistant", row["answer"])
+                        row["messages"] = [{"role": role, "content": content} for role, content in turns]
                     messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
                     roles = {m["role"] for m in messages}
                     if not all(isinstance(m["content"], str) for m in messages) or "assistant" not in roles:
@@ -191,7 +203,7 @@ def read_rows(path: str) -> list[dict]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     if not rows:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows" + (", or no questions with split dev" if evaluation else ""))
     return rows
 
 
@@ -231,7 +243,7 @@ def tokenize_chat(messages: list[dict], tokenizer, stop_ids: list[int], answers_
 
 
 def prepare(
-    path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool, packing: bool
+    rows: list[dict], path: str, tokenizer, stop_ids: list[int], args: SFTConfig, allow_truncation: bool, packing: bool
 ) -> tuple[Dataset, dict]:
     """Rows as SFTTrainer takes them: tokenised, packed or cut to max_length. And their numbers, for print_plan.
 
@@ -239,7 +251,7 @@ def prepare(
     cause of NCCL time-outs). Raises UserError for a row over max_length unless allow_truncation.
     """
     examples, hidden = [], None if args.process_index == 0 else True  # None: hidden unless a terminal
-    for row in tqdm(read_rows(path), desc="tokenizing", unit=" rows", disable=hidden):
+    for row in tqdm(rows, desc="tokenizing", unit=" rows", disable=hidden):
         try:
             example = tokenize_chat(row["messages"], tokenizer, stop_ids, args.completion_only_loss)
         except (ValueError, TemplateError) as e:  # TemplateError: such as a role that the chat template does not know
@@ -428,10 +440,10 @@ def write_log(output_dir: Path, history: list[dict]):
     beside.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
     os.replace(beside, output_dir / "training_log.jsonl")
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+    for key in dict.fromkeys(key for entry in history for key in entry if re.fullmatch(r"loss|eval_\w+_loss", key)):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
+        label = "training" if key == "loss" else f"evaluation: {key[5:-5]}"
+        axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -494,6 +506,14 @@ class Trainer(SFTTrainer):
         self.processing_class.save_pretrained(folder)
         recipe = {**self.recipe, "step": self.state.global_step}
         (folder / "recipe.json").write_text(json.dumps(recipe, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Names the token accuracy and entropy of an evaluation, as its loss is, by the file they are of."""
+        loss = next((key for key in logs if re.fullmatch(r"eval_\w+_loss", key)), None)
+        if loss and not self.model.training:
+            name = loss[5:-4]
+            self._metrics["eval"] = defaultdict(list, {name + k: v for k, v in self._metrics["eval"].items()})
+        super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs):
         """Called by SFTTrainer at each save; the card is written once, with the final model."""
@@ -607,6 +627,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
         "disk": f"{gigabytes(disk)} for {saves} checkpoints and the final model in {args.output_dir}, "
         f"{gigabytes(free)} free",
     }
+    if "evaluation" in numbers:
+        often = f"{args.eval_steps:g} steps" if args.eval_strategy == "steps" else "epoch"
+        plan["evaluate"] = f"{', '.join(numbers['evaluation'])} every {often}"
     if fsdp:
         blocks = fsdp.transformer_cls_names_to_wrap or model._no_split_modules
         policy = getattr(fsdp.auto_wrap_policy, "__name__", "no wrapping")
@@ -661,13 +684,17 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     args.completion_only_loss = args.completion_only_loss is not False
 
     how = (tokenizer, stop_ids, args, script_args.allow_truncation)
-    dataset, numbers = prepare(script_args.train_file, *how, packing=args.packing)
-    eval_dataset = None
-    if script_args.eval_file:
-        packing = args.packing if args.eval_packing is None else args.eval_packing
-        eval_dataset, _ = prepare(script_args.eval_file, *how, packing=packing)
-    elif args.eval_strategy != "no":
-        raise UserError("eval_strategy needs eval_file")
+    path = script_args.train_file
+    dataset, numbers = prepare(read_rows(path), path, *how, packing=args.packing)
+    if (args.eval_strategy != "no") != bool(script_args.eval_file):
+        raise UserError("eval_file and eval_strategy (steps, with eval_steps) belong together; one is not set")
+    eval_datasets, packing = {}, args.packing if args.eval_packing is None else args.eval_packing
+    for path in script_args.eval_file or []:
+        if Path(path).stem in eval_datasets:
+            raise UserError(f"eval_file: two files are named {Path(path).stem}, under which their losses are logged")
+        rows = read_rows(path, evaluation=True)
+        eval_datasets[Path(path).stem], counted = prepare(rows, path, *how, packing=packing)
+        numbers.setdefault("evaluation", []).append(f"{path} ({counted['rows']:,} rows)")
     fsdp = fsdp_settings(args)
     steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp)
     if script_args.dry_run:
@@ -705,7 +732,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
             model=model,
             args=args,
             train_dataset=dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_datasets or None,
             processing_class=tokenizer,
         )
     except (ImportError, RuntimeError, ValueError) as e:  # settings that exclude each other, a tracker not installed

@@ -167,7 +167,7 @@ def test_no_room_and_no_folder(recipe, tmp_path):
         (("--fsdp", "full_shard"), ("by `accelerate launch --config_file FILE`",)),
         (("--chat_template_path", "no.jinja"), ("chat_template_path: cannot read no.jinja",)),
         (("--resume_from_checkpoint", "x"), ("here it is `resume: auto`",)),
-        (("--eval_strategy", "steps"), ("eval_strategy needs eval_file",)),
+        (("--eval_strategy", "steps"), ("eval_file and eval_strategy",)),
         (("--report_to", "wandb"), ("wandb",)),
         (("--fp16", "true", "--bf16", "true"), ("At most one of fp16 and bf16",)),
     ],
