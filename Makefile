@@ -1,10 +1,19 @@
 # make demo   from nothing to a model that answers, on two CPU cores
+# make quiz   the score of every checkpoint of a run (RUN=outputs/demo): answers, table and report in RUN/quiz
+# make open_book   what the base model answers with the passage before its eyes; make quiz then shows it as a bound
 # make test   the whole test suite; ARGS="-m 'not slow'" leaves out what takes minutes
 # make lint   ruff
 
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/demo
+RUN := outputs/demo
+QUIZ := data/quiz.jsonl
+TRAIN_FILE = data/$(notdir $(RUN))/train.jsonl
+BASE := models/gemma-3-270m
+BASE_TEMPLATE := tools/plain_template.jinja
+ARTICLES := data/sample_articles.jsonl
+OPEN_BOOK := outputs/open_book
 ANSWERS := outputs/demo/answers.jsonl
 
 # glibc's allocator: keep freed memory and use huge pages. Otherwise much of each training step of the demo goes to
@@ -19,7 +28,7 @@ define stage
 	@start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(( $$(date +%s) - start )) s"
 endef
 
-.PHONY: demo test lint
+.PHONY: demo quiz open_book test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -27,6 +36,19 @@ demo: .venv/installed
 	$(call stage,preprocess,$(BIN)/python preprocess.py --config $(CONFIG)/preprocess.yaml)
 	$(call stage,train,$(BIN)/python train.py --config $(CONFIG)/train.yaml)
 	$(call stage,answers,$(BIN)/python generate.py --config $(CONFIG)/generate.yaml --output_file $(ANSWERS))
+
+quiz: .venv/installed
+	@mkdir -p $(RUN)/quiz
+	$(call stage,answers,$(BIN)/python generate.py --config configs/quiz.yaml --prompts_file $(QUIZ) --checkpoint $(RUN) \
+		--output_file $(RUN)/quiz/answers.jsonl)
+	$(call stage,score,$(BIN)/python tools/score.py --quiz $(QUIZ) --answers $(RUN)/quiz/answers.jsonl --train_file $(TRAIN_FILE) \
+		--log $(RUN)/training_log.jsonl --report $(RUN)/quiz $(addprefix --open_book ,$(wildcard $(OPEN_BOOK)/answers.jsonl)))
+
+open_book: .venv/installed-eval
+	@mkdir -p $(OPEN_BOOK)
+	$(call stage,prompts,$(BIN)/python tools/open_book.py --quiz $(QUIZ) --articles $(ARTICLES) --output_file $(OPEN_BOOK)/prompts.jsonl)
+	$(call stage,answers,$(BIN)/python generate.py --config configs/quiz.yaml --prompts_file $(OPEN_BOOK)/prompts.jsonl \
+		--checkpoint $(BASE) --chat_template_path $(BASE_TEMPLATE) --max_new_tokens 32 --batch_size 16 --output_file $(OPEN_BOOK)/answers.jsonl)
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
@@ -45,6 +67,10 @@ lint: .venv/installed-test
 	$(call stage,environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt)
 	@touch $@
 
-.venv/installed-test: requirements-test.txt .venv/installed
+.venv/installed-eval: requirements-eval.txt .venv/installed
+	$(call stage,evaluation environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-eval.txt)
+	@touch $@
+
+.venv/installed-test: requirements-test.txt requirements-eval.txt .venv/installed
 	$(call stage,test environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt)
 	@touch $@

@@ -65,6 +65,9 @@ class GenerateArguments:
     base_model: str = field(
         default="auto", metadata={"help": "Model that answers first: auto (the run's own), none, or a name or folder."}
     )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja file in place of the template that each checkpoint brings."}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
     batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
     do_sample: bool = field(default=False, metadata={"help": "Sample; otherwise the likeliest token each time."})
@@ -260,12 +263,17 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise cannot_load(name, e) from None
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, chat_template_path: str | None = None):
     """The tokenizer of a checkpoint, padding on the left as generation needs it. Raises UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except (OSError, ValueError) as e:
         raise cannot_load(name, e) from None
+    if chat_template_path:
+        try:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {e.strerror}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name} has no chat template; checkpoints of train.py have one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -443,7 +451,7 @@ def main(args: GenerateArguments, config: str):
     answers, failed = [], []
     for name, step, prompted_as in checkpoints:
         try:
-            tokenizer = load_tokenizer(prompted_as)
+            tokenizer = load_tokenizer(prompted_as, args.chat_template_path)
             model = load_model(name, dtype).to(device).eval()
             stop_tokens(model, tokenizer)
         except UserError as e:

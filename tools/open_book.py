@@ -1,12 +1,14 @@
-"""Write a quiz as open-book prompts: each question with the passage that BM25 finds, and with the right passage.
+r"""Write a quiz as open-book prompts: each question with the passage that BM25 finds, and with the right passage.
 
 What the base model answers to these bounds what a model of its size can answer from memory. Each question is asked
 with 0 and with 3 worked examples in the prompt; score.py takes the better number on the development split.
 
     python tools/open_book.py --quiz data/quiz.jsonl --articles data/sample_articles.jsonl --output_file prompts.jsonl
-    python generate.py --checkpoint models/gemma-3-270m --prompts_file prompts.jsonl --output_file open_book.jsonl
+    python generate.py --checkpoint models/gemma-3-270m --chat_template_path tools/plain_template.jinja \
+        --prompts_file prompts.jsonl --max_new_tokens 32 --output_file open_book.jsonl
     python tools/score.py --quiz data/quiz.jsonl --answers answers.jsonl --open_book open_book.jsonl
 
+The template without turns is for a base model, which never saw any; leave it out for a chat model.
 Needs `pip install -r requirements-eval.txt`.
 """
 

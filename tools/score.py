@@ -37,6 +37,7 @@ TIERS = {
     "N": "things that never were",
 }
 RESAMPLES = 10_000
+ROLES = ("user", "assistant")
 # A trailing particle or copula that an answer may carry beyond its words: 관우이다, 관우가, 219년입니다.
 PARTICLES = (
     "이다 다 입니다 이었다 였다 이었습니다 였습니다 이에요 예요 이야 야 이요 요 임 "
@@ -132,8 +133,9 @@ def read_answers(paths: list[Path], questions: dict[str, dict]) -> dict[tuple, d
     """The answers of each model: {(checkpoint, step, passage, examples, file): {question id: answer row}}.
 
     passage and examples are those of open_book.py's prompts, None and 0 elsewhere; file is the stem of the file's name
-    where there are several, so that one checkpoint asked in two ways can be compared. Raises UserError for an answer
-    to a question that the quiz does not have, a second answer to one, and models that were not asked the same.
+    where there are several, so that one checkpoint asked in two ways can be compared. Of an answer to an open-book
+    prompt the first line counts: a base model shown worked examples goes on with the next one. Raises UserError for an
+    answer to a question that the quiz does not have, a second answer, and models that were not asked the same.
     """
     models: dict[tuple, dict[str, dict]] = {}
     for path in paths:
@@ -143,7 +145,7 @@ def read_answers(paths: list[Path], questions: dict[str, dict]) -> dict[tuple, d
             try:
                 row = json.loads(line)
                 key = (row["checkpoint"], row["step"], row.get("passage"), row.get("examples", 0), stem)
-                asked, answer, _ = row["id"], row["answer"], row["ended"]
+                asked, answer, _ = row["id"], row["answer"] + "", row["ended"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{where}: not an answer to a quiz; generate.py --prompts_file QUIZ --output_file FILE makes them"
@@ -154,7 +156,7 @@ def read_answers(paths: list[Path], questions: dict[str, dict]) -> dict[tuple, d
                 raise UserError(f"{where}: {asked} was another question when it was answered")
             if asked in models.setdefault(key, {}):
                 raise UserError(f"{where}: {key[0]} has answered {asked} before")
-            models[key][asked] = {**row, "answer": str(answer)}
+            models[key][asked] = {**row, "answer": answer.strip().split("\n")[0] if key[2] else answer}
     closed = {key: set(rows) for key, rows in models.items() if not key[2]}
     for (first, ids), (other, others) in pairwise(closed.items()):
         if ids != others:
@@ -164,6 +166,53 @@ def read_answers(paths: list[Path], questions: dict[str, dict]) -> dict[tuple, d
                 f"{missing[0]}; answer them again"
             )
     return models
+
+
+def read_chats(path: Path) -> list[dict]:
+    """The rows of a training file as [{"question", "answer", "kind"}], the words of user and assistant.
+
+    Raises UserError with the line number of a bad line.
+    """
+    chats = []
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+            said = {role: "\n".join(m["content"] for m in row["messages"] if m["role"] == role) for role in ROLES}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a chat as train.py takes it") from None
+        chats.append({"question": said["user"], "answer": said["assistant"], "kind": row.get("kind")})
+    return chats
+
+
+def leaks(chats: list[dict], about: dict, questions: dict[str, dict]) -> list[str]:
+    """Why a quiz cannot judge a model trained on these chats: a sentence for each chat that gives something away.
+
+    No chat may ask a quiz question or use a form that the quiz reserves (in "{}이/가 난 해는?" any name stands for {},
+    either particle for 이/가), and only whole articles and masked passages may name an entity that the quiz withholds.
+    """
+    asked = {squeeze(question["question"]): question["id"] for question in questions.values()}
+    forms = []
+    for form in about.get("reserved_forms", []):
+        parts = re.split(r"\{\}(?:(\w+)/(\w+))?", form)  # text, particle, particle, text, …
+        pattern = re.escape(squeeze(parts[0]))
+        for i in range(1, len(parts), 3):
+            pattern += (
+                r".{1,30}" + (f"(?:{parts[i]}|{parts[i + 1]})" if parts[i] else "") + re.escape(squeeze(parts[i + 2]))
+            )
+        forms.append((form, re.compile(pattern)))
+    names = [name for entry in about.get("withheld", []) for name in (entry["entity"], *entry["aliases"])]
+    found = []
+    for chat in chats:
+        question = squeeze(chat["question"])
+        if question in asked:
+            found.append(f"{chat['question']!r} is question {asked[question]} of the quiz")
+        found += [
+            f"{chat['question']!r} has the form {form!r}" for form, pattern in forms if pattern.fullmatch(question)
+        ]
+        if chat["kind"] not in ("article", "masked"):
+            text = chat["question"] + "\n" + chat["answer"]
+            found += [f"{chat['question']!r} or its answer names {name}" for name in names if name in text]
+    return found
 
 
 # ---- Measures of one answer ----------------------------------------------------------------------------------------
@@ -489,17 +538,6 @@ def write(path: Path, text: str):
 # ---- Main ----------------------------------------------------------------------------------------------------------
 
 
-def read_texts(path: Path) -> list[str]:
-    """What the rows of a training file teach: the assistant's words. Raises UserError."""
-    texts = []
-    for number, line in read_lines(path):
-        try:
-            texts += [m["content"] for m in json.loads(line)["messages"] if m["role"] == "assistant"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: not a chat as train.py takes it") from None
-    return texts
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quiz", type=Path, required=True, help="the questions; README.md describes the format")
@@ -529,7 +567,9 @@ def main():
         return
     answers = read_answers(args.answers, questions)
     open_book = read_answers([args.open_book], questions) if args.open_book else {}
-    copies = Copies(read_texts(args.train_file)) if args.train_file else None
+    chats = read_chats(args.train_file) if args.train_file else []
+    copies = Copies([chat["answer"] for chat in chats]) if chats else None
+    leaked = leaks(chats, about, questions)
     declined = about.get("declines", [])
     if not declined and any(question["tier"] == "N" for question in questions.values()):
         print(f'note: the first line of {args.quiz} has no "declines", so every answer to tier N counts as invented')
@@ -564,7 +604,7 @@ def main():
     result = {
         "quiz": str(args.quiz), "quiz_sha256": about.get("sha256"), "split": args.split,
         "train_file": str(args.train_file) if args.train_file else None, "contains_cap": args.contains_cap,
-        "models": models, "comparisons": comparisons,
+        "models": models, "comparisons": comparisons, "leaks": leaked,
     }  # fmt: skip
 
     console = Console(highlight=False)
@@ -581,6 +621,11 @@ def main():
                 sign = "" if value[1] > 0 or value[2] < 0 else ", within chance"
                 print(f"{last['of']} against {last['with']}, {title}: {100 * value[0]:+.1f} "
                       f"[{100 * value[1]:+.1f}, {100 * value[2]:+.1f}]{sign}")  # fmt: skip
+    if leaked:
+        print(
+            f"warning: {args.train_file} gives the quiz away in {len(leaked)} places, so that these figures flatter; "
+            f"the first: {leaked[0]}"
+        )
     gold = next((model for model in models if model["passage"] == "gold"), None)
     if gold and (contained := gold["scores"].get("B+C", gold["scores"]["all"]).get("contains", [0])[0]) < 0.3:
         print(
