@@ -93,6 +93,9 @@ class PreprocessArguments:
         default=None, metadata={"help": "Jinja file, for a tokenizer without a chat template."}
     )
     max_length: int = field(default=1024, metadata={"help": "Tokens of one chat, the template's own included."})
+    held_out_share: float = field(
+        default=0.0, metadata={"help": "Share of the articles not taught: written to held_out.jsonl, for eval_file."}
+    )
     source_license: str = field(default="not stated", metadata={"help": "Licence of the data, for SOURCES.md."})
     source_attribution: str = field(default="not stated", metadata={"help": "Whom to name, for SOURCES.md."})
     source_date: str = field(default="not stated", metadata={"help": "Date of the data, for SOURCES.md."})
@@ -472,6 +475,7 @@ def print_report(report: dict):
     console.print(
         f"{report['articles']:,} articles, {report['chats']:,} chats ({report['articles_split']:,} articles split), "
         f"{report['characters']:,} characters, {counted}; {report['special_tokens_broken']:,} special tokens broken"
+        + (f"; {report['held_out_chats']:,} chats held out" if report["held_out_chats"] else "")
     )
 
 
@@ -521,6 +525,8 @@ def main(args: PreprocessArguments, config: str):
             f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}"
         )
 
+    if not 0 <= args.held_out_share < 1:
+        raise UserError(f"held_out_share is a share from 0 to below 1, not {args.held_out_share}")
     articles = tqdm(table.to_pylist(), desc="chats", unit=" articles", disable=None)
     try:
         chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]
@@ -529,12 +535,18 @@ def main(args: PreprocessArguments, config: str):
     parts = [int(c["chat"]["id"].rpartition("-")[2]) for c in chats]
     lengths = [len(text) for text in table["text"].to_pylist()]
     counts = [c["tokens"] for c in chats] if tokenizer else []
+    taught, held_out = [], []
+    for chat in chats:
+        (held_out if is_held_out(chat["chat"]["title"], args.held_out_share) else taught).append(chat["chat"])
+    if not taught:
+        raise UserError(f"held_out_share {args.held_out_share} leaves no article to teach")
     report = {
         "recipe": recipe,
         **report,
         "articles": len(table),
         "articles_split": parts.count(2),
         "chats": len(chats),
+        "held_out_chats": len(held_out),
         "characters": sum(lengths),
         "max_length": args.max_length,
         "tokens": {"total": sum(counts), "cut": sum(max(0, n - args.max_length) for n in counts)}
@@ -546,7 +558,7 @@ def main(args: PreprocessArguments, config: str):
         f"# Sources\n\n- Data: {source}\n- Revision: {revision}\n- Licence: {args.source_license}\n"
         f"- Attribution: {args.source_attribution}\n- Date of the data: {args.source_date}\n"
     )
-    lines = "".join(json.dumps(c["chat"], ensure_ascii=False) + "\n" for c in chats)
+    files = {"train.jsonl": taught} | ({"held_out.jsonl": held_out} if args.held_out_share else {})
 
     # Everything is written beside and then renamed, train.jsonl last: who sees it sees all.
     beside = output_dir.with_name(output_dir.name + ".partial")
@@ -556,16 +568,25 @@ def main(args: PreprocessArguments, config: str):
         (beside / "SOURCES.md").write_text(sources, encoding="utf-8")
         plot_lengths(lengths, beside / "lengths.png")
         (beside / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        (beside / "train.jsonl").write_text(lines, encoding="utf-8")
+        for name, rows in files.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (beside / name).write_text(lines, encoding="utf-8")
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("SOURCES.md", "lengths.png", "report.json", "train.jsonl"):
+        (output_dir / "held_out.jsonl").unlink(missing_ok=True)  # of an earlier recipe, if this one holds none out
+        written = ["SOURCES.md", "lengths.png", "report.json", *reversed(files)]
+        for name in written:
             os.replace(beside / name, output_dir / name)
     except OSError as e:
         raise UserError(f"cannot write to {output_dir}: {e.strerror}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     print_report(report)
-    print(f"wrote {output_dir}/train.jsonl, report.json, SOURCES.md, lengths.png")
+    print(f"wrote {output_dir}/" + ", ".join(reversed(written)))
+
+
+def is_held_out(title: str, share: float) -> bool:
+    """Whether an article belongs to the `share` that is not taught: by its title, so the same in any dump."""
+    return int(hashlib.sha256(title.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def hash_file(path: str | Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data" / "sample_articles.jsonl"
 LLAMA_WHEEL = "llama-models==0.3.0 --hash=sha256:7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
-sys.path.insert(0, str(ROOT))  # the scripts stand at the root; importing them does nothing
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the programs; importing them does nothing
 
 # A template in the manner of Llama 3.2: trims, and prints today's date unless told one.
 LLAMA_LIKE_TEMPLATE = """{{- bos_token }}

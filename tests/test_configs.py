@@ -18,14 +18,16 @@ CLASSES = {
     "generate.yaml": [generate.GenerateArguments],
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+CLASSES["quiz.yaml"] = CLASSES["generate.yaml"]  # configs/quiz.yaml: how a quiz is asked, of any recipe's run
 WRITTEN = ("train.jsonl", "answers.jsonl", "report.json", "SOURCES.md", "training_log.jsonl")  # by the scripts
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
 
 
 def test_every_recipe_is_here():
-    assert {path.parent.name for path in RECIPES} >= {"three_kingdoms", "blog", "demo"}
-    for folder in {path.parent for path in RECIPES}:
-        assert {path.name for path in folder.iterdir()} == set(CLASSES), folder
+    folders = {path.parent for path in RECIPES} - {ROOT / "configs"}
+    assert {folder.name for folder in folders} >= {"three_kingdoms", "blog", "demo"}
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == set(CLASSES) - {"quiz.yaml"}, folder
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -42,7 +44,8 @@ def test_recipes_parse(path, monkeypatch):
         recipe
     )
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert "Prerequisite" in head and "Override" in head and f"{path.stem}.py" in head
+    assert "Prerequisite" in head and "Override" in head
+    assert ("generate.py" if path.stem == "quiz" else f"{path.stem}.py") in head
 
 
 def test_the_command_line_wins_over_yaml(monkeypatch, tmp_path):
@@ -108,7 +111,11 @@ def test_readme_names_what_exists(readme):
     assert not re.search(r"@[A-Z]+@", text)
     made = ("data/", "outputs/", "models/", "configs/mine/", "my_", "exported")
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|yaml|txt|md|jsonl|toml))`", text):
-        if not path.startswith(made) or path == "data/sample_articles.jsonl":
+        if not path.startswith(made) or path in (
+            "data/sample_articles.jsonl",
+            "data/quiz.jsonl",
+            "data/neutral.jsonl",
+        ):
             assert (ROOT / path).exists() or any(ROOT.glob(f"configs/*/{path}")) or path in WRITTEN, path
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / target).exists(), target

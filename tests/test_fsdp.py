@@ -86,6 +86,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(sharded_run, recipe, fp32_
     assert same(weights(again / "final"), weights(output_dir / "final")) and losses(again) == losses(output_dir)
 
 
+def test_evaluation_under_fsdp(recipe, fp32_config, tmp_path):
+    """The quiz's loss and accuracy are logged by name, and are those of one process."""
+    evaluate = ("--eval_file", "data/quiz.jsonl", "--eval_strategy", "steps", "--eval_steps", "4", "--max_steps", "4")
+    one = ("--gradient_accumulation_steps", "2")  # the same batches
+    launch(fp32_config, "--config", recipe, "--output_dir", tmp_path / "two", *PLAIN, *evaluate)
+    script("train.py", "--config", recipe, "--output_dir", tmp_path / "one", *PLAIN, *evaluate, *one)
+    logs = [read_jsonl(tmp_path / name / "training_log.jsonl") for name in ("one", "two")]
+    for measure in ("loss", "mean_token_accuracy"):
+        values = [[entry[f"eval_quiz_{measure}"] for entry in log if f"eval_quiz_{measure}" in entry] for log in logs]
+        assert len(values[0]) == len(values[1]) == 1
+        assert abs(values[0][0] - values[1][0]) < 0.02 * abs(values[0][0]) + 0.01, (measure, values)
+
+
 def test_shards_answer_as_the_final_model(sharded_run, tmp_path):
     output_dir, _ = sharded_run
     answers = tmp_path / "answers.jsonl"

@@ -242,3 +242,26 @@ def test_a_local_folder_can_stand_for_a_hub_dataset(sample, tmp_path):
     assert "Traceback" not in result.stderr.split("preprocess.py: ")[-1]
     cached = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*.arrow"))
     assert "관우".encode() in cached and b"203.0.113" not in cached
+
+
+def test_held_out_articles_are_written_apart(tiny_model, tmp_path):
+    """Whole articles, the same in every run; none is lost, and a recipe without any removes what was there."""
+    line = (
+        "--config",
+        ROOT / "configs/demo/preprocess.yaml",
+        "--only_titles=",
+        "--tokenizer_name_or_path",
+        tiny_model,
+    )
+    script("preprocess.py", *line, "--output_dir", tmp_path / "all")
+    result = script("preprocess.py", *line, "--output_dir", tmp_path / "some", "--held_out_share", "0.2")
+    every, taught = (read_jsonl(tmp_path / name / "train.jsonl") for name in ("all", "some"))
+    held_out = read_jsonl(tmp_path / "some" / "held_out.jsonl")
+    assert sorted(chat["id"] for chat in taught + held_out) == sorted(chat["id"] for chat in every)
+    titles = [{chat["title"] for chat in chats} for chats in (taught, held_out)]
+    assert not titles[0] & titles[1] and 0.1 < len(titles[1]) / len(titles[0] | titles[1]) < 0.3
+    assert f"{len(held_out)} chats held out" in result.stdout and "held_out.jsonl" in result.stdout
+    script("preprocess.py", *line, "--output_dir", tmp_path / "some")
+    assert not (tmp_path / "some" / "held_out.jsonl").exists()
+    for share in ("1.0", "-0.1"):
+        assert script("preprocess.py", *line, "--held_out_share", share, ok=False).returncode == 2

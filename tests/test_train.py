@@ -84,7 +84,9 @@ def test_packed_documents_see_only_themselves(tiny_model, chats):
     args = train.TrainingArguments(
         output_dir="x", packing=True, max_length=512, completion_only_loss=True, use_cpu=True
     )
-    packed, numbers = train.prepare(str(chats), tokenizer, [tokenizer.eos_token_id], args, False, packing=True)
+    packed, numbers = train.prepare(
+        train.read_rows(chats), "chats", tokenizer, [tokenizer.eos_token_id], args, False, packing=True
+    )
     assert numbers["tokens_kept"] == numbers["tokens"] and numbers["sequences"] < numbers["rows"]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     collator = train.SFTTrainer(
@@ -130,6 +132,39 @@ def test_every_checkpoint_is_self_contained(finished_run):
     log = losses(finished_run)
     assert len(log) == 8 and log[-1] < log[0]
     assert (finished_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_of_held_out_rows_and_of_the_quiz(recipe, chats, tmp_path):
+    """Each file has its own loss and accuracy; of the quiz the development split, so that the rest stays unseen."""
+    held_out = tmp_path / "held_out.jsonl"
+    shutil.copy(chats, held_out)
+    result = script(
+        "train.py", "--config", recipe, "--output_dir", tmp_path / "run", "--eval_file", held_out, "data/quiz.jsonl",
+        "--eval_strategy", "steps", "--eval_steps", "4",
+    )  # fmt: skip
+    questions = [row for row in read_jsonl(ROOT / "data/quiz.jsonl") if row.get("split") == "dev"]
+    assert f"evaluate: {held_out} (24 rows), data/quiz.jsonl ({len(questions)} rows) every 4 steps" in result.stdout
+    log = read_jsonl(tmp_path / "run" / "training_log.jsonl")
+    for name in ("held_out", "quiz"):
+        for measure in ("loss", "mean_token_accuracy"):
+            assert [entry["step"] for entry in log if f"eval_{name}_{measure}" in entry] == [4, 8]
+    assert not any("eval_mean_token_accuracy" in entry for entry in log)
+    held_out_losses = [entry["eval_held_out_loss"] for entry in log if "eval_held_out_loss" in entry]
+    assert held_out_losses[1] < held_out_losses[0]  # these were trained on, so it falls
+
+    # The logged loss of the quiz is that of its answers alone, from the very model that was saved.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
+    tokenizer = train.load_tokenizer(str(tmp_path / "run" / "final"))
+    rows = train.read_rows(ROOT / "data/quiz.jsonl", evaluation=True)
+    loss, tokens = 0.0, 0
+    for row in rows:
+        example = train.tokenize_chat(row["messages"], tokenizer, [1, 2], answers_only=True)
+        labels = torch.tensor([example["labels"]])
+        with torch.no_grad():
+            mean = model(input_ids=torch.tensor([example["input_ids"]]), labels=labels).loss.item()
+        loss, tokens = loss + mean * (labels != -100).sum().item(), tokens + (labels != -100).sum().item()
+    logged = [entry["eval_quiz_loss"] for entry in log if "eval_quiz_loss" in entry][-1]
+    assert abs(logged - loss / tokens) < 0.02 * logged  # the mean over batches is not quite that over tokens
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, tmp_path):
