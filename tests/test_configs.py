@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, script
 
 import generate
 import preprocess
@@ -20,7 +20,7 @@ CLASSES = {
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 CLASSES["quiz.yaml"] = CLASSES["generate.yaml"]  # configs/quiz.yaml: how a quiz is asked, of any recipe's run
 WRITTEN = ("train.jsonl", "answers.jsonl", "report.json", "SOURCES.md", "training_log.jsonl")  # by the scripts
-READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+DOCS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_recipe_is_here():
@@ -105,7 +105,17 @@ def test_the_scripts_share_their_parser_word_for_word():
         assert len({inspect.getsource(getattr(module, name)) for module in (preprocess, train, generate)}) == 1
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+@pytest.mark.parametrize("readme", DOCS, ids=lambda path: path.name)
+def test_the_readme_shows_the_committed_results():
+    """The table of both READMEs is what the benchmark prints from the result files beside it."""
+    command = ("benchmarks/compare.py", "--config", ROOT / "benchmarks/compare.yaml", "--table")
+    lines = [line for line in script(*command).stdout.splitlines() if line.startswith("| ")]
+    assert len(lines) == 6  # head, two bounds, base, the article's way, ours
+    for name in ("README.md", "README.ko.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert [line for line in lines if line.partition(" |")[2] not in text] == []
+
+
 def test_readme_names_what_exists(readme):
     text = readme.read_text(encoding="utf-8")
     assert not re.search(r"@[A-Z]+@", text)
@@ -120,7 +130,7 @@ def test_readme_names_what_exists(readme):
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / target).exists(), target
     commands = re.findall(r"^(?:accelerate launch|python) .*$", text, re.MULTILINE)
-    assert len(commands) >= 6
+    assert len(commands) >= (6 if readme.name.startswith("README") else 3)
     for command in commands:
         words = command.split()
         name = next(word for word in words if word.endswith(".py"))

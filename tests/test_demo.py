@@ -1,5 +1,7 @@
 """`make demo` from end to end on real weights: the base model knows nothing, the taught one answers."""
 
+import json
+
 import pytest
 from conftest import ROOT, read_jsonl, run
 
@@ -33,3 +35,20 @@ def test_make_demo(tmp_path, capsys):
         known[row["step"]] += sum(fact in row["answer"] for fact in FACTS[row["prompt"]])
     assert known[0] == 0 and known[42] >= 11, known
     assert all(row["ended"] for row in answers if row["step"] == 42)
+
+    # `make quiz` on the questions about these three articles: it shows what the answers above hide.
+    header, *questions = read_jsonl(ROOT / "data/quiz.jsonl")
+    del header["about"]["sha256"]
+    titles = {question.split("에 대해")[0] for question in FACTS}
+    asked = [q for q in questions if q["article"] and set(q["article"]) <= titles] + questions[-4:]
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
+    files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"TRAIN_FILE={tmp_path}/data/train.jsonl", f"OPEN_BOOK={tmp_path}"
+    result = run("make", "quiz", *files, timeout=1200)
+    assert "step 42" in result.stdout
+    scores = json.loads((tmp_path / "run/quiz/scores.json").read_text(encoding="utf-8"))
+    assert [model["step"] for model in scores["models"]] == [0, 21, 42] and scores["leaks"] == []
+    base, _, taught = (model["scores"]["all"] for model in scores["models"])
+    assert base["copied_80"][0] == 0 < taught["copied_80"][0]  # it recites
+    assert taught["seq_rep_4"][0] < base["seq_rep_4"][0]
+    assert (tmp_path / "run/quiz/report.html").stat().st_size > 20_000

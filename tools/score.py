@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -413,11 +414,13 @@ def print_table(models: list[dict], console: Console):
         for title, place in COLUMNS.items()
         if any(place[1] in model["scores"].get(place[0], {}) for model in models)
     }
-    table = Table(title="per cent, with 95% intervals over the questions", title_justify="left")
-    table.add_column("model")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    table.title = "per cent, with 95% intervals over the questions"
+    table.add_column("model", overflow="fold")
     for title, (group, _) in columns.items():
         n = max(model["scores"].get(group, {}).get("n", 0) for model in models)
-        table.add_column(f"{title}\n[dim]n {n}[/]", justify="right")
+        lines = [*title.replace("seq-rep", "seq- rep").split(), f"[dim]n {n}[/]"]
+        table.add_column("\n".join(lines), justify="right", no_wrap=True)
     for model in models:
         cells = []
         for group, name in columns.values():
@@ -447,7 +450,7 @@ def figure(title: str, lines: list[tuple[str, list, list, list | None]], xlabel:
         (line,) = axes.plot(x, y, marker="o", markersize=3, label=label)
         if band:
             axes.fill_between(x, band[0], band[1], color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, 100 if ylabel == "per cent" else None))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
