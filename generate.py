@@ -309,7 +309,7 @@ def read_prompts(path: str) -> list[dict]:
         if path.endswith((".jsonl", ".json")):
             try:
                 row = json.loads(line)
-                if "about" in row and not rows:
+                if isinstance(row, dict) and "about" in row and not {"prompt", "question"} & set(row):
                     continue
                 row = {**row, "prompt": row.get("prompt") or row["question"]}
                 if not isinstance(row["prompt"], str):

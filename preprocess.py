@@ -498,6 +498,8 @@ def main(args: PreprocessArguments, config: str):
         ) from None
     except re.error as e:
         raise UserError(f"title_suffix_pattern is not a regular expression: {e}") from None
+    if not 0 <= args.held_out_share < 1:
+        raise UserError(f"held_out_share is a share from 0 to below 1, not {args.held_out_share}")
     if args.split_articles and not args.tokenizer_name_or_path:
         raise UserError("split_articles needs tokenizer_name_or_path, to count tokens; or set split_articles: false")
 
@@ -525,8 +527,6 @@ def main(args: PreprocessArguments, config: str):
             f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}"
         )
 
-    if not 0 <= args.held_out_share < 1:
-        raise UserError(f"held_out_share is a share from 0 to below 1, not {args.held_out_share}")
     articles = tqdm(table.to_pylist(), desc="chats", unit=" articles", disable=None)
     try:
         chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]

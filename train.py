@@ -184,7 +184,11 @@ def read_rows(path: str, evaluation: bool = False) -> list[dict]:
                 try:
                     row = json.loads(line)
                     if evaluation and "messages" not in row:  # a quiz: the other split is for reporting only
-                        if "about" in row or row["tier"] == "N" or row.get("split") != "dev":
+                        if (
+                            ("about" in row and "question" not in row)
+                            or row["tier"] == "N"
+                            or row.get("split") != "dev"
+                        ):
                             continue
                         turns = ("user", row["question"]), ("assistant", row["answer"])
                         row["messages"] = [{"role": role, "content": content} for role, content in turns]
@@ -440,7 +444,7 @@ def write_log(output_dir: Path, history: list[dict]):
     beside.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
     os.replace(beside, output_dir / "training_log.jsonl")
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for key in dict.fromkeys(key for entry in history for key in entry if re.fullmatch(r"loss|eval_\w+_loss", key)):
+    for key in dict.fromkeys(key for entry in history for key in entry if re.fullmatch("loss|eval_.+_loss", key)):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         label = "training" if key == "loss" else f"evaluation: {key[5:-5]}"
         axes.plot(*zip(*points, strict=True), label=label)
@@ -509,7 +513,7 @@ class Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Names the token accuracy and entropy of an evaluation, as its loss is, by the file they are of."""
-        loss = next((key for key in logs if re.fullmatch(r"eval_\w+_loss", key)), None)
+        loss = next((key for key in logs if re.fullmatch("eval_.+_loss", key)), None)
         if loss and not self.model.training:
             name = loss[5:-4]
             self._metrics["eval"] = defaultdict(list, {name + k: v for k, v in self._metrics["eval"].items()})
@@ -695,6 +699,9 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         rows = read_rows(path, evaluation=True)
         eval_datasets[Path(path).stem], counted = prepare(rows, path, *how, packing=packing)
         numbers.setdefault("evaluation", []).append(f"{path} ({counted['rows']:,} rows)")
+    names = [f"eval_{name}_{measure}" for name in eval_datasets for measure in ("loss", "mean_token_accuracy")]
+    if args.load_best_model_at_end and f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in names:
+        raise UserError(f"load_best_model_at_end needs metric_for_best_model to be one of {', '.join(names)}")
     fsdp = fsdp_settings(args)
     steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp)
     if script_args.dry_run:

@@ -8,6 +8,7 @@ there is not made again, so a comparison that was stopped goes on.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -32,7 +35,6 @@ MEASURES = {  # of the table: (group, measure)
     "B exact": ("B", "exact"),
     "A + B contains, uncapped": ("A+B", "contains_uncapped"),
     "C contains": ("C", "contains"),
-    "D exact": ("D", "exact"),
     "N invented": ("N", "invented"),
     "copied 80+": ("all", "copied_80"),
     "ended": ("all", "ended"),
@@ -66,28 +68,16 @@ def slug(name: str) -> str:
 def slice_of(quiz: Path, titles: list[str], output: Path) -> Path:
     """Writes the questions of a quiz on these articles, and those on what never was."""
     about, questions = score.read_quiz(quiz)
-    about = {key: value for key, value in about.items() if key != "sha256"} | {"slice_of": about.get("sha256")}
+    about = {key: value for key, value in about.items() if key != "sha256"}
     rows = [q for q in questions.values() if q["tier"] == "N" or (q["article"] and set(q["article"]) <= set(titles))]
     score.write(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"about": about}, *rows]))
     return output
 
 
-def measured(answers: Path, quiz: Path, train_file: Path | None) -> list[dict]:
-    """Each answer with its measures, as a result file keeps it."""
-    about, questions = score.read_quiz(quiz)
-    copies = None
-    if train_file:
-        chats = score.read_chats(train_file)
-        copies = score.Copies([chat["answer"] for chat in chats])
-        if leaked := score.leaks(chats, about, questions):
-            raise UserError(f"{train_file} gives the quiz away: {leaked[0]}")
-    rows = []
-    for (_, _, passage, examples, _), given in score.read_answers([answers], questions).items():
-        for asked, row in given.items():
-            measures = score.measure(row, questions[asked], about.get("declines", []), copies, 100)
-            kept = {"id": asked, "answer": row["answer"], "measures": {k: round(v, 4) for k, v in measures.items()}}
-            rows.append(kept | ({"passage": passage, "examples": examples} if passage else {}))
-    return rows
+def kept(answers: Path) -> list[dict]:
+    """What a result file keeps of each answer: all that score.py measures."""
+    keys = ("id", "answer", "ended", "passage", "examples")
+    return [{key: row[key] for key in keys if key in row} for _, row in score.read_objects(answers)]
 
 
 def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz: Path) -> dict:
@@ -105,6 +95,9 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
     plan, _ = run(*train, "--dry_run")
     step_tokens = int(re.search(r"accumulation = ([\d,]+) tokens", plan)[1].replace(",", ""))
     steps = max(1, round(config["tokens"] / step_tokens))
+    about, questions = score.read_quiz(Path(config["quiz"]))
+    if leaked := score.leaks(score.read_chats(data / "train.jsonl"), about, questions):
+        raise UserError(f"{data}/train.jsonl gives the quiz away: {leaked[0]}")
     told, train_seconds = run(*train, "--max_steps", steps)
     answers = output / "answers.jsonl"
     _, answer_seconds = run(
@@ -113,11 +106,11 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
     )  # fmt: skip
     log = [json.loads(line) for _, line in score.read_lines(output / "training_log.jsonl")]
     result = {
-        "recipe": recipe, "seed": seed, "steps": steps, "tokens": steps * step_tokens,
+        "seed": seed, "steps": steps, "tokens": steps * step_tokens,
         "kept": re.search(r"kept: ([\d.]+%)", told)[1],
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
         "train_minutes": round(train_seconds / 60, 1), "answer_minutes": round(answer_seconds / 60, 1),
-        "answers": measured(answers, quiz, data / "train.jsonl"),
+        "answers": kept(answers),
     }  # fmt: skip
     shutil.rmtree(output / "final")  # a gigabyte; the result file holds what was found
     return result
@@ -129,7 +122,7 @@ def make_base(config: dict, work: Path, quiz: Path) -> dict:
         "generate.py", *shlex.split(config["generate"]), "--checkpoint", config["model_name_or_path"],
         "--prompts_file", quiz, "--output_file", answers,
     )  # fmt: skip
-    return {"answer_minutes": round(seconds / 60, 1), "answers": measured(answers, quiz, None)}
+    return {"answer_minutes": round(seconds / 60, 1), "answers": kept(answers)}
 
 
 def make_open_book(config: dict, work: Path) -> dict:
@@ -141,84 +134,69 @@ def make_open_book(config: dict, work: Path) -> dict:
         "--chat_template_path", "tools/plain_template.jinja", "--max_new_tokens", "32", "--batch_size", "16",
         "--prompts_file", prompts, "--output_file", answers,
     )  # fmt: skip
-    return {"answer_minutes": round(seconds / 60, 1), "answers": measured(answers, Path(config["quiz"]), None)}
-
-
-def by_question(results: list[dict], keep) -> dict[str, dict]:
-    """{question id: measures}, averaged over the seeds."""
-    rows: dict[str, list[dict]] = {}
-    for result in results:
-        for row in filter(keep, result["answers"]):
-            rows.setdefault(row["id"], []).append(row["measures"])
-    return {
-        asked: {name: sum(row[name] for row in found) / len(found) for name in found[0]}
-        for asked, found in rows.items()
-    }
+    return {"answer_minutes": round(seconds / 60, 1), "answers": kept(answers)}
 
 
 def cell(value: list[float] | None) -> str:
     return f"{100 * value[0]:.1f} [{100 * value[1]:.0f}, {100 * value[2]:.0f}]" if value else "–"
 
 
-def print_table(config: dict, results: dict[str, list[dict]], quiz: Path):
-    """The table in Markdown: a line a recipe, mean over the seeds with intervals over the questions."""
-    _, questions = score.read_quiz(quiz)
-    reported = {asked: question for asked, question in questions.items() if question["split"] == "test"}
+def print_table(config: dict, results: dict[str, list[dict]]):
+    """The table in Markdown: a line a recipe, the mean over its seeds with intervals over the questions."""
+    about, questions = score.read_quiz(Path(config["quiz"]))
+    articles = [row for _, row in score.read_objects(Path(config["articles"])) if row["title"] in config["titles"]]
+    copies = score.Copies([row["text"] for row in articles])
+    asked = {row["id"] for row in results["base"][0]["answers"] if questions[row["id"]]["split"] == "test"}
 
-    def summary(rows: dict[str, dict]) -> dict:
-        found = score.summarize({asked: row for asked, row in rows.items() if asked in reported}, questions)
-        both = [row["contains_uncapped"] for asked, row in rows.items() if asked in reported and asked[0] in "AB"]
-        return found | ({"A+B": {"n": len(both), "contains_uncapped": score.interval(both)}} if both else {})
+    def measured(rows: list[dict]) -> dict[str, dict]:
+        """{question id: measures}, averaged over the answers of several seeds."""
+        found: dict[str, list[dict]] = {}
+        for row in rows:
+            row = row | {"answer": row["answer"].strip().split("\n")[0]} if "passage" in row else row
+            found.setdefault(row["id"], []).append(score.measure(row, questions[row["id"]], about["declines"], copies))
+        return {q: {name: sum(row[name] for row in of) / len(of) for name in of[0]} for q, of in found.items()}
+
+    def on_slice(rows: dict[str, dict]) -> dict[str, dict]:
+        return {question_id: row for question_id, row in rows.items() if question_id in asked}
 
     lines = {}
-    if "open book" in results:
-        _, whole = score.read_quiz(Path(config["quiz"]))
-        (result,) = results["open book"]
-        keys = sorted({(row["passage"], row["examples"]) for row in result["answers"]})
+    for result in results["open book"]:
+        keys = sorted({("base", None, row["passage"], row["examples"], "") for row in result["answers"]})
         books = {
-            key: by_question([result], lambda row, key=key: (row["passage"], row["examples"]) == key) for key in keys
+            key: measured([r for r in result["answers"] if (r["passage"], r["examples"]) == key[2:4]]) for key in keys
         }
-        for passage in dict.fromkeys(passage for passage, _ in keys):
-
-            def on_dev(key) -> float:
-                right = [row["exact"] for asked, row in books[key].items() if whole[asked]["split"] == "dev"]
-                return sum(right) / len(right)
-
-            best = max((key for key in keys if key[0] == passage), key=on_dev)
-            lines[f"base + {passage} passage, {best[1]} examples"] = books[best]
-            rows = {a: row for a, row in books[best].items() if whole[a]["tier"] in "BC" and "contains" in row}
-            everything = score.interval([row["contains"] for row in rows.values()])
-            print(f"base + {passage} passage, {best[1]} examples, B+C of the whole quiz contains: {cell(everything)}")
-    for name, found in results.items():
-        if name != "open book":
-            lines[name] = by_question(found, lambda row: True)
-    tables = {name: summary(rows) for name, rows in lines.items()}
-    counts = {
-        title: max(t.get(group, {}).get("n", 0) for t in tables.values()) for title, (group, _) in MEASURES.items()
-    }
+        for key in score.best_bounds(books, questions):
+            lines[score.short_name(key)] = on_slice(books[key])
+            whole = {q: row for q, row in books[key].items() if questions[q]["split"] == "test"}
+            print(f"{score.short_name(key)}, B+C of the whole quiz contains: "
+                  + cell(score.summarize(whole, questions)["B+C"]["contains"]))  # fmt: skip
+    lines |= {
+        name: on_slice(measured([row for result in found for row in result["answers"]]))
+        for name, found in results.items() if name != "open book"
+    }  # fmt: skip
+    tables = {name: score.summarize(rows, questions) for name, rows in lines.items()}
+    counts = {title: tables["base"][group]["n"] for title, (group, _) in MEASURES.items()}
     print("\n| | " + " | ".join(f"{title} (n {counts[title]})" for title in MEASURES) + " |")
     print("|-" * (len(MEASURES) + 1) + "|")
     for name, table in tables.items():
         cells = [cell(table.get(group, {}).get(measure)) for group, measure in MEASURES.values()]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    trained = [name for name, found in results.items() if "steps" in found[0]]
     print()
+    trained = [name for name in config["recipes"] if results[name]]
     for name in trained:
         found = results[name]
-        exact = [sum(row["measures"].get("exact", 0) for row in f["answers"]) for f in found]
+        uncapped = [score.summarize(on_slice(measured(f["answers"])), questions)["A+B"] for f in found]
+        shares = [round(100 * summary["contains_uncapped"][0], 1) for summary in uncapped]
         print(
-            f"{name}: {len(found)} seeds, {found[0]['steps']} steps, {found[0]['tokens']:,} tokens, "
-            f"{found[0]['kept']} of the text kept; by seed: last loss {[f['loss'] for f in found]}, exact answers "
-            f"{exact}, minutes of training {[f['train_minutes'] for f in found]}"
+            f"{name}: {found[0]['steps']} steps, {found[0]['tokens']:,} tokens, {found[0]['kept']} of the text kept; "
+            f"by seed: last loss {[round(f['loss'], 3) for f in found]}, A + B contains, uncapped {shares}, minutes "
+            f"of training {[f['train_minutes'] for f in found]}"
         )
-    for earlier, later in zip(trained, trained[1:], strict=False):
-        both = lines[earlier].keys() & reported.keys()
-        differences = {
-            asked: {k: lines[later][asked][k] - v for k, v in lines[earlier][asked].items()} for asked in both
-        }
-        table = summary(differences)
-        cells = {title: table.get(group, {}).get(measure) for title, (group, measure) in MEASURES.items()}
-        print(f"{later} minus {earlier}, paired: " + ", ".join(f"{t} {cell(v)}" for t, v in cells.items() if v))
+    for earlier, later in pairwise(trained):
+        table = score.compare(lines[earlier], lines[later], questions)
+        found = {title: table.get(group, {}).get(measure) for title, (group, measure) in MEASURES.items()}
+        print(f"{later} minus {earlier}, paired: "
+              + ", ".join(f"{title} {cell(v)} p {v[3]:.2g}" for title, v in found.items() if v))  # fmt: skip
 
 
 def main():
@@ -226,25 +204,31 @@ def main():
     parser.add_argument("--config", type=Path, required=True, help="the YAML file that describes the runs")
     parser.add_argument("--table", action="store_true", help="make no run, print those that are there")
     args = parser.parse_args()
+    try:
+        config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read {args.config}: {getattr(e, 'strerror', None) or e}") from None
+    name = args.config.stem
     os.chdir(ROOT)
-    config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-    folder = Path("benchmarks/results") / args.config.stem
-    work = Path("outputs") / args.config.stem
-    quiz = slice_of(Path(config["quiz"]), config["titles"], work / "quiz.jsonl")
+    folder, work = Path("benchmarks/results") / name, Path("outputs") / name
     about, _ = score.read_quiz(Path(config["quiz"]))
+    # What the results depend on; seeds may be added.
+    made_with = {key: value for key, value in config.items() if key != "seeds"} | {
+        "quiz_sha256": about["sha256"],
+        "articles_sha256": hashlib.sha256(Path(config["articles"]).read_bytes()).hexdigest(),
+    }
+    quiz = slice_of(Path(config["quiz"]), config["titles"], work / "quiz.jsonl")
     jobs = {("base", 0): lambda: make_base(config, work, quiz)}
     for seed in config["seeds"]:
         for name, recipe in config["recipes"].items():
-            jobs[name, seed] = lambda name=name, recipe=recipe, seed=seed: make_run(
-                config, name, recipe, seed, work, quiz
-            )
+            jobs[name, seed] = partial(make_run, config, name, recipe, seed, work, quiz)
     jobs["open book", 0] = lambda: make_open_book(config, work)
     results: dict[str, list[dict]] = {name: [] for name in ("open book", "base", *config["recipes"])}
     for (name, seed), job in jobs.items():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"
         if not path.exists() and not args.table:
             made = {
-                "name": name, "quiz_sha256": about["sha256"], "config": {k: config[k] for k in ("titles", "tokens")},
+                "name": name, "made_with": made_with,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
                 "versions": {lib: version(lib) for lib in ("torch", "transformers", "trl", "accelerate")},
                 **job(),
@@ -252,10 +236,13 @@ def main():
             score.write(path, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["quiz_sha256"] != about["sha256"]:
-                raise UserError(f"{path} is of another quiz; remove it to make it again")
+            changed = [key for key, value in made_with.items() if result["made_with"].get(key) != value]
+            if changed:
+                raise UserError(f"{path} was made with another {', '.join(changed)}; remove it to make it again")
             results[name].append(result)
-    print_table(config, {name: found for name, found in results.items() if found}, quiz)
+    if not results["base"]:
+        raise UserError(f"there are no results in {folder} yet; leave out --table")
+    print_table(config, results)
 
 
 if __name__ == "__main__":

@@ -130,8 +130,8 @@ def test_no_recipe_gives_the_quiz_away(folder, quiz, articles, tiny_model, tmp_p
         assert row["kind"] in ("article", "masked") and row["messages"][-1]["content"] in texts[row["title"]]
 
 
-def chat(question: str, answer: str = "x", kind: str = "facts") -> dict:
-    return {"question": question, "answer": answer, "kind": kind}
+def chat(*prompts: str, answer: str = "x", kind: str = "facts") -> dict:
+    return {"prompts": list(prompts), "answer": answer, "kind": kind}
 
 
 def test_leaks_are_found(quiz):
@@ -141,18 +141,20 @@ def test_leaks_are_found(quiz):
         chat(first["question"]),
         chat(first["question"].replace(" ", "").rstrip("?.") + "?!"),  # after normalisation
         chat(first["question"], kind="article"),
+        chat("조조의 자는?", first["question"]),  # the second turn
+        chat(first["question"] + " 짧게 답해 줘."),
         chat("유비의 이름에 딸린 자(字)를 대라."),
         chat("사람들이 자(字)로 조운을 부를 때 쓴 이름은?"),
-        chat("누가 촉한의 마지막 임금이었나?", "유선"),
-        chat("손견의 아들은?", "손권"),
-        chat("오나라의 대도독은?", "육손"),
+        chat("누가 촉한의 마지막 임금이었나?", answer="유선"),
+        chat("손견의 아들은?", answer="손권"),
+        chat("오나라의 대도독은?", answer="육손"),
         chat("중달은 누구야?"),
     ):
         assert score.leaks([given], about, questions), given
     for given in (
-        chat("손견에 대해 알려줘.", "손견(孫堅)은 …", kind="article"),
-        chat("빈칸을 채워 줘: 손견은 ___ 사람이다.", "손견은 오군 사람이다.", kind="masked"),
-        chat("유비의 자가 뭐야?", "현덕"),
+        chat("손견에 대해 알려줘.", answer="손견(孫堅)은 …", kind="article"),
+        chat("빈칸을 채워 줘: 손견은 ___ 사람이다.", answer="손견은 오군 사람이다.", kind="masked"),
+        chat("유비의 자가 뭐야?", answer="현덕"),
     ):
         assert not score.leaks([given], about, questions), given
 

@@ -19,6 +19,11 @@ KORQUAD = [
     ("맹덕.", ["맹덕"], 1, 1, 1, 1),
     ("'맹덕'", ["맹덕"], 1, 1, 1, 1),
     ("WEI", ["wei"], 1, 1, 1, 1),
+    ("“맹덕”", ["맹덕"], 0, 4 / 6, 1, 1),
+    ("맹덕。", ["맹덕"], 0, 4 / 5, 1, 1),
+    ("관우였어요", ["관우"], 0, 4 / 7, 1, 1),
+    ("관도", ["관"], 0, 2 / 3, 0, 2 / 3),
+    ("1,000명", ["1000명"], 1, 1, 1, 1),
     ("맹덕이다", ["맹덕"], 0, 4 / 6, 1, 1),
     ("맹덕입니다.", ["맹덕"], 0, 4 / 7, 1, 1),
     ("관우에게", ["관우"], 0, 4 / 6, 1, 1),
@@ -53,9 +58,11 @@ def test_contains_is_capped_and_reads_numbers_whole():
     assert score.contains(recited, ["맹덕"], 100) == 0 and score.contains(recited, ["맹덕"]) == 1
     for answer, gold, found in [
         ("제158회", "58", 0), ("제58회", "58", 1), ("2190년", "219", 0), ("서기 219년", "219", 1),
-        ("관도 대전이다", "관도대전", 1), ("유비", "유비(劉備)", 0),
+        ("관도 대전이다", "관도대전", 1), ("유비", "유비(劉備)", 0), ("강유(202~264년)", "264년", 1),
+        ("208, 219년", "219년", 1), ("5, 8회", "58회", 0), ("보병 1,000명", "1000명", 1),
     ]:  # fmt: skip
         assert score.contains(answer, [gold]) == found, answer
+    assert score.contains("12월", ["12년", "12"]) == 0  # a bare number where there is more to say it with
 
 
 DECLINING = [
@@ -102,34 +109,54 @@ def test_copied_runs():
     assert copies.runs(answer) == [(10, 55), (56, 86)]  # 45 and 30; the last, of 29, is too short
     assert copies.runs(text) == [(0, 100), (100, 200)]  # no run goes from one text into the next
     assert copies.runs("") == [] and score.Copies([]).runs(answer) == []
-    parts = score.marked(answer, copies)
+    parts = copies.marks(answer)
     assert "".join(part for part, _ in parts) == answer and [len(p) for p, copied in parts if copied] == [45, 30]
 
 
+def test_copied_runs_that_overlap():
+    text = "".join(chr(0xAC00 + i) for i in range(105))
+    copies = score.Copies([text[:40], text[5:105]])  # the longer one begins inside the first
+    assert copies.runs(text) == [(0, 40), (5, 105)] and copies.marks(text) == [(text[:40], True), (text[40:], True)]
+    measures = score.measure({"answer": text, "ended": True}, {"tier": "N", "answer": "", "aliases": []}, [], copies)
+    assert (measures["longest_run"], measures["copied_share"], measures["copied_80"]) == (100, 1, 1)
+
+
 def test_intervals():
-    assert score.interval([1.0] * 40) == [1, 1, 1]
+    alone = [str(i) for i in range(200)]
+    assert score.interval([1.0] * 200, alone) == [1, 1, 1]
     values = np.random.default_rng(1).integers(0, 2, 200).astype(float)
-    mean, low, high = score.interval(values.tolist())
+    mean, low, high = score.interval(values.tolist(), alone)
     error = 1.96 * np.sqrt(mean * (1 - mean) / 200)  # the normal approximation
-    assert mean == values.mean() and (low, high) == pytest.approx((mean - error, mean + error), abs=0.01)
+    assert mean == values.mean() and (low, high) == pytest.approx((mean - error, mean + error), abs=0.015)
+
+
+def test_intervals_know_that_questions_cluster():
+    """Ten questions about each of 20 entities, of which all are known or none: 20 draws, not 200."""
+    known = np.random.default_rng(2).integers(0, 2, 20).astype(float)
+    values, entities = np.repeat(known, 10).tolist(), [str(i) for i in range(20) for _ in range(10)]
+    mean, low, high = score.interval(values, entities)
+    error = 1.96 * np.sqrt(mean * (1 - mean) / 20)
+    assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.05)
 
 
 def test_pairing_sees_what_separate_intervals_do_not():
-    _, questions = score.read_quiz(QUIZ)
-    ids = [asked for asked, question in questions.items() if question["tier"] == "B"][:100]
+    ids = [str(i) for i in range(100)]
+    questions = {question_id: {"tier": "B", "withheld": True} for question_id in ids}  # each of its own entity
     one = {asked: {"exact": float(i % 2)} for i, asked in enumerate(ids)}
     two = {asked: {"exact": float(i % 2 or i < 20)} for i, asked in enumerate(ids)}  # 10 more of 100
     apart = [score.summarize(rows, questions)["B"]["exact"] for rows in (one, two)]
     assert apart[0][2] > apart[1][1]  # they overlap
-    difference = score.compare(one, two, questions)["B"]["exact"]
-    assert difference[0] == pytest.approx(0.1) and difference[1] > 0.03
-    assert score.compare(one, one, questions)["B"]["exact"] == [0, 0, 0]
+    mean, low, _, p = score.compare(one, two, questions)["B"]["exact"]
+    assert mean == pytest.approx(0.1) and low > 0 and p == pytest.approx(2 / 2**10)  # ten wins, no loss
+    assert score.compare(one, one, questions)["B"]["exact"] == [0, 0, 0, 1]
+    four = {asked: {"exact": float(i % 2 or i < 8)} for i, asked in enumerate(ids)}
+    assert score.compare(one, four, questions)["B"]["exact"][3] == 0.125  # four wins can be chance
 
 
 def test_groups():
     groups = score.groups_of
     assert groups({"tier": "C", "withheld": True}) == ["C", "C withheld", "B+C", "all"]
-    assert groups({"tier": "B", "withheld": True}) == ["B", "B+C", "all"]
+    assert groups({"tier": "B", "withheld": True}) == ["B", "A+B", "B+C", "all"]
     assert groups({"tier": "N", "withheld": False}) == ["N", "all"]
 
 
@@ -213,10 +240,9 @@ def test_scores_are_what_the_answers_say(quiz, tmp_path):
     comparison = scores["comparisons"][0]
     assert comparison["difference"]["B"]["exact"][0] == 1 and comparison["same_answers"] == 0
     assert "bounds nothing" not in result.stdout
-    dev = script(
-        "tools/score.py", "--quiz", quiz, "--answers", path, "--split", "dev", "--output_file", tmp_path / "d"
-    )
-    assert "A exact" in dev.stdout and "B exact" not in dev.stdout
+    script("tools/score.py", "--quiz", quiz, "--answers", path, "--split", "dev")
+    dev = json.loads((tmp_path / "scores-dev.json").read_text(encoding="utf-8"))
+    assert [list(model["scores"]) for model in dev["models"]] == [["A", "A+B", "all"]] * 2
     weak = write_rows(tmp_path / "weak.jsonl", [{**row, "answer": "몰라"} for row in book])
     result = script("tools/score.py", "--quiz", quiz, "--answers", path, "--open_book", weak)
     assert "answers 0% of B+C" in result.stdout and "bounds nothing" in result.stdout
@@ -227,7 +253,7 @@ def test_one_checkpoint_asked_in_two_ways(quiz, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", answers_of(texts))
     two = write_rows(tmp_path / "two.jsonl", answers_of(texts | {"B-1": "관우"}))
     result = script("tools/score.py", "--quiz", quiz, "--answers", one, two)
-    assert "step 8 (two) against step 8 (one): 4 of 5 answers are the same" in result.stdout
+    assert f"step 8 ({two}) against step 8 ({one}): 4 of 5 answers are the same" in result.stdout
 
 
 def test_training_on_the_quiz_is_told(quiz, tmp_path):
@@ -235,7 +261,7 @@ def test_training_on_the_quiz_is_told(quiz, tmp_path):
     turns = [{"role": "user", "content": "관평의 아버지는?"}, {"role": "assistant", "content": "관우"}]
     train_file = write_rows(tmp_path / "train.jsonl", [{"messages": turns}])
     result = script("tools/score.py", "--quiz", quiz, "--answers", answers, "--train_file", train_file)
-    assert "gives the quiz away in 1 places" in result.stdout and "question B-1" in result.stdout
+    assert "gives the quiz away in 1 places" in result.stdout and "asks question B-1" in result.stdout
 
 
 def test_open_book_prompts(tmp_path):
@@ -257,7 +283,7 @@ def test_open_book_prompts(tmp_path):
     assert len(left_out) == 3 and all(questions[asked]["split"] == "dev" for asked in left_out)
     for row in rows:
         question = questions[row["id"]]
-        assert question["question"] in row["prompt"]
+        assert question["question"] in row["prompt"] and row["question"] == question["question"]
         for asked in left_out:
             assert (questions[asked]["question"] in row["prompt"]) == (row["examples"] == 3)
         if row["passage"] == "gold":
@@ -274,20 +300,22 @@ def test_lm_eval_runs_the_tasks(finished_run, tmp_path):
     arguments = f"pretrained={finished_run}/final,dtype=float32"
     result = run(
         "lm_eval", "--model", "hf", "--model_args", arguments, "--include_path", "tools/lm_eval_tasks", "--tasks",
-        "quiz_choice,neutral_ko", "--apply_chat_template", "--device", "cpu", "--limit", "20",
+        "quiz_choice,neutral_ko", "--apply_chat_template", "--device", "cpu", "--limit", "5",
         "--output_path", tmp_path, "--log_samples", env={"HF_HOME": str(tmp_path / "hf")},
     )  # fmt: skip
     assert "acc_norm" in result.stdout and "byte_perplexity" in result.stdout
-    (path,) = tmp_path.rglob("samples_quiz_choice_*.jsonl")
-    samples = read_jsonl(path)
     _, questions = score.read_quiz(QUIZ)
-    assert len(samples) == 20
-    for sample in samples:
-        question = questions[sample["doc"]["id"]]
-        assert question["split"] == "test" and question["tier"] != "N" and sample["target"] in ("0", 0)
-        asked = [pair["arg_1"] for pair in sample["arguments"].values()]
-        assert asked == [question["answer"], *question["choices"]]
-        assert all(question["question"] in pair["arg_0"] for pair in sample["arguments"].values())
+    for tier in "ABCD":
+        (path,) = tmp_path.rglob(f"samples_quiz_choice_{tier.lower()}_*.jsonl")
+        samples = read_jsonl(path)
+        assert len(samples) == 5
+        for sample in samples:
+            question = questions[sample["doc"]["id"]]
+            assert question["split"] == "test" and question["tier"] == tier
+            asked = [pair["arg_1"] for pair in sample["arguments"].values()]
+            assert asked == sorted([question["answer"], *question["choices"]])
+            assert asked[int(sample["target"])] == question["answer"]
+            assert all(question["question"] in pair["arg_0"] for pair in sample["arguments"].values())
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------------------------
@@ -297,7 +325,9 @@ def test_lm_eval_runs_the_tasks(finished_run, tmp_path):
     ("change", "words"),
     [
         ("{", ("line 3: not JSON",)),
-        ("[]", ("line 3: not a question but a list",)),
+        ("[]", ("line 3: not an object but a list",)),
+        ({"aliases": ["()"]}, ("line 3 (x): `aliases` is a list of texts",)),
+        ({"tier": ["A"]}, ("line 3 (x): unknown tier ['A']",)),
         ({"id": None}, ("line 3", "needs the text `id`")),
         ({"question": " "}, ("line 3", "needs the text `question`")),
         ({"answer": None}, ("line 3 (x): there is no `answer`; only tier N",)),
@@ -310,22 +340,38 @@ def test_lm_eval_runs_the_tasks(finished_run, tmp_path):
         ({"choices": ["유 비", "조조"]}, ("line 3 (x): the wrong choices hold the answer '유 비'",)),
         ({"aliases": ["현덕"], "choices": ["현덕"]}, ("line 3 (x): the wrong choices hold the answer '현덕'",)),
         ({"choices": ["조조", "조조"]}, ("line 3 (x): a choice stands there twice",)),
-        ({"evidence": "조조가 졌다."}, ("line 3 (x): the answer '유비' stands neither in its evidence nor",)),
+        ({"evidence": "유비가 졌다."}, ("line 3 (x): each sentence of `evidence` needs the title of its `article`",)),
+        ({"evidence": "조조가 졌다.", "article": "조조"}, ("line 3 (x): the answer '유비' stands neither in its",)),
     ],
 )
 def test_bad_quiz_lines(change, words, tmp_path):
-    path = write_rows(tmp_path / "quiz.jsonl", [{"about": {}}, ROWS[1]])
+    path = write_rows(tmp_path / "quiz.jsonl", [{"about": {"language": "ko"}}, ROWS[1]])
     row = {"id": "x", "tier": "A", "question": "이릉 대전에서 진 사람은?", "answer": "유비"}
     line = change if isinstance(change, str) else json.dumps(row | change, ensure_ascii=False)
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     assert_mistake(script("tools/score.py", "--quiz", path, ok=False), str(path), *words)
 
 
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ("삼국지", "`about` is an object, not a str"),
+        ({"declines": "모르"}, "`declines` is a list of texts"),
+        ({"declines": ["(모르"]}, "'(모르' in `declines` is not a regular expression"),
+        ({"reserved_forms": ["{0}의 자는?"]}, "the reserved form '{0}의 자는?' needs words and one {}"),
+        ({"withheld": ["조조"]}, "`withheld` is a list of"),
+    ],
+)
+def test_bad_first_lines(about, words, tmp_path):
+    path = write_rows(tmp_path / "quiz.jsonl", [{"about": about}, *ROWS])
+    assert_mistake(script("tools/score.py", "--quiz", path, ok=False), "line 1", words)
+
+
 def test_a_changed_quiz_is_told(tmp_path):
     text = QUIZ.read_text(encoding="utf-8")
     (tmp_path / "quiz.jsonl").write_text(text.replace('"answer": "문화"', '"answer": "문화(文和)"'), encoding="utf-8")
     result = script("tools/score.py", "--quiz", tmp_path / "quiz.jsonl", ok=False)
-    assert_mistake(result, "not those that its first line froze")
+    assert_mistake(result, "not the one that its first line froze")
     frozen = re.search("[0-9a-f]{64}", result.stderr)[0]
     about, _ = score.read_quiz(QUIZ)
     changed = (tmp_path / "quiz.jsonl").read_text(encoding="utf-8").replace(about["sha256"], frozen)
@@ -339,6 +385,9 @@ def test_a_changed_quiz_is_told(tmp_path):
         ([*answers_of({"A-9": "x"})], ("line 1: the quiz has no question A-9",)),
         ([*answers_of({"A-2": "x"}), *answers_of({"A-2": "x"})], ("line 2", "has answered A-2 before")),
         ([{"answer": "x"}], ("line 1: not an answer to a quiz; generate.py",)),
+        ([*answers_of({"A-2": "x"}, step="8")], ("line 1: not an answer to a quiz; generate.py",)),
+        ([*answers_of({"A-2": "x"}, passage="gold")], ("line 1: only answers to open_book.py's prompts belong",)),
+        ([], ("answers.jsonl holds no answers",)),
         ([*answers_of({"A-2": "x"}, question="다른 질문?")], ("A-2 was another question when it was answered",)),
         (
             [*answers_of({"A-2": "x", "B-1": "x"}), *answers_of({"A-2": "x"}, step=9)],
@@ -353,12 +402,23 @@ def test_bad_answers(rows, words, quiz, tmp_path):
     assert not (tmp_path / "scores.json").exists()
 
 
+def test_answers_to_other_questions_are_named_and_the_rest_is_scored(quiz, tmp_path):
+    texts = {row["id"]: "조조" for row in ROWS}
+    path = write_rows(tmp_path / "answers.jsonl", answers_of(texts | {"A-9": "x"}))
+    result = script("tools/score.py", "--quiz", quiz, "--answers", path, ok=False)
+    assert_mistake(result, "1 answers were left out, the rest is scored", "line 7: the quiz has no question A-9")
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["models"][0]["scores"]["D"]["exact"][0] == 1
+
+
 def test_other_mistakes(quiz, tmp_path):
     answers = write_rows(tmp_path / "answers.jsonl", answers_of({row["id"]: "조조" for row in ROWS}))
     scoring = ("tools/score.py", "--quiz", quiz, "--answers", answers)
     assert_mistake(script("tools/score.py", "--quiz", tmp_path / "no.jsonl", ok=False), "cannot read")
     assert_mistake(script(*scoring, "--train_file", quiz, ok=False), "line 1: not a chat as train.py takes it")
     assert_mistake(script(*scoring, "--output_file", tmp_path / "quiz.jsonl/x", ok=False), "cannot write")
+    assert_mistake(script(*scoring, "--log", ROOT / "README.md", ok=False), "line 1: not JSON")
+    assert_mistake(script(*scoring, "--open_book", answers, ok=False), "only answers to open_book.py's prompts belong")
     book = ("tools/open_book.py", "--quiz", quiz, "--output_file", tmp_path / "p.jsonl", "--articles")
     assert_mistake(script(*book, quiz, ok=False), "line 1: not an article")
     articles = write_rows(tmp_path / "articles.jsonl", [{"title": "조조", "text": "다른 글"}])

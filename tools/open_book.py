@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from score import UserError, read_lines, read_quiz, write  # noqa: E402
+from score import UserError, read_objects, read_quiz, write  # noqa: E402
 
 EXAMPLES = 3
 SEED = 42
@@ -31,13 +31,14 @@ def read_passages(path: Path) -> list[dict]:
     Raises UserError with the line number of a bad line.
     """
     passages = []
-    for number, line in read_lines(path):
+    for where, row in read_objects(path):
         try:
-            row = json.loads(line)
             title, text = row["title"] or "", row["text"] or ""
             passages += [{"title": title, "text": f"{title}\n{part}"} for part in text.split("\n") if part.strip()]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}, line {number}: not an article; a line has `title` and `text`") from None
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{where}: not an article; a line has `title` and `text`") from None
+    if not passages:
+        raise UserError(f"{path} holds no text")
     return passages
 
 
@@ -49,7 +50,7 @@ def bigrams(text: str) -> list[str]:
 def gold_passage(question: dict, passages: list[dict]) -> str:
     """The paragraphs that hold the evidence of a question, one or two. Raises UserError when one is in none."""
     found = []
-    for sentence, title in zip(question["evidence"], question["article"], strict=False):
+    for sentence, title in zip(question["evidence"], question["article"], strict=True):
         holds = [p["text"] for p in passages if p["title"] == title and sentence in p["text"]]
         if not holds:
             raise UserError(f"{question['id']}: its evidence stands in no paragraph of the article {title!r}")
@@ -80,39 +81,39 @@ def main():
 
     _, questions = read_quiz(args.quiz)
     passages = read_passages(args.articles)
-    golds = {asked: gold_passage(question, passages) for asked, question in questions.items() if question["evidence"]}
+    golds = {
+        question_id: gold_passage(question, passages)
+        for question_id, question in questions.items()
+        if question["evidence"]
+    }
     index = bm25s.BM25()
     index.index([bigrams(passage["text"]) for passage in passages], show_progress=False)
     found, _ = index.retrieve([bigrams(q["question"]) for q in questions.values()], k=1, show_progress=False)
-    retrieved = {asked: passages[best[0]]["text"] for asked, best in zip(questions, found, strict=True)}
+    retrieved = {question_id: passages[best[0]]["text"] for question_id, best in zip(questions, found, strict=True)}
 
     # Worked examples: of the development split, so that no question that is reported was seen with its answer.
-    dev = [asked for asked in golds if questions[asked]["split"] == "dev"]
+    dev = [question_id for question_id in golds if questions[question_id]["split"] == "dev"]
     if len(dev) < EXAMPLES:
         raise UserError(f"{args.quiz}: {EXAMPLES} questions with evidence and split dev are needed as worked examples")
     worked = random.Random(SEED).sample(dev, EXAMPLES)
 
-    def ask(asked: str, passage: str) -> str:
-        return args.prompt.replace("{question}", questions[asked]["question"]).replace("{passage}", passage)
+    def ask(question_id: str, passage: str) -> str:
+        return args.prompt.replace("{question}", questions[question_id]["question"]).replace("{passage}", passage)
 
     lead = "".join(
-        f"{ask(asked, ' '.join(questions[asked]['evidence']))} {questions[asked]['answer']}\n\n\n" for asked in worked
+        f"{ask(question_id, ' '.join(questions[question_id]['evidence']))} {questions[question_id]['answer']}\n\n\n"
+        for question_id in worked
     )
     rows = []
     for kind, texts in (("BM25", retrieved), ("gold", golds)):
         for examples in (0, EXAMPLES):
-            rows += [
-                {
-                    "id": asked,
-                    "passage": kind,
-                    "examples": examples,
-                    "prompt": (lead if examples else "") + ask(asked, text),
-                }
-                for asked, text in texts.items()
-                if asked not in worked
-            ]
+            for question_id, text in texts.items():
+                if question_id not in worked:
+                    prompt = (lead if examples else "") + ask(question_id, text)
+                    row = {"id": question_id, "passage": kind, "examples": examples, "prompt": prompt}
+                    rows.append({**row, "question": questions[question_id]["question"]})
     write(args.output_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    right = sum(retrieved[asked] in text for asked, text in golds.items())
+    right = sum(retrieved[question_id] in text for question_id, text in golds.items())
     print(f"BM25 finds the passage that answers for {right} of {len(golds)} questions")
     print(f"wrote {len(rows):,} prompts to {args.output_file}")
 

@@ -1,6 +1,10 @@
-"""What quiz_choice.yaml keeps of a quiz."""
+"""Which questions of the quiz each task keeps: those for reporting, of its tier, that have wrong choices."""
+
+from functools import partial
 
 
-def with_choices(rows):
-    """The questions for reporting that have wrong choices; the quiz's first line and tier N have none."""
-    return rows.filter(lambda row: bool(row.get("choices")) and row.get("split") != "dev")
+def keep(rows, tier: str):
+    return rows.filter(lambda row: row["tier"] == tier and row["split"] != "dev" and bool(row["choices"]))
+
+
+tier_a, tier_b, tier_c, tier_d = (partial(keep, tier=tier) for tier in "ABCD")
