@@ -36,13 +36,14 @@ demo: .venv/installed
 	$(call stage,train,$(BIN)/python train.py --config $(CONFIG)/train.yaml)
 	$(call stage,answers,$(BIN)/python generate.py --config $(CONFIG)/generate.yaml --output_file $(ANSWERS))
 
-# A checkpoint that cannot answer is told and left out (exit code 2); the others are scored all the same.
+# A checkpoint that cannot answer is told and left out: the others are scored, and make fails at the end.
 quiz: .venv/installed
-	@mkdir -p $(RUN)/quiz; rm -f $(RUN)/quiz/answers.jsonl
-	-$(call stage,answers,$(BIN)/python generate.py --config configs/quiz.yaml --prompts_file $(QUIZ) --checkpoint $(RUN) \
-		--output_file $(RUN)/quiz/answers.jsonl)
+	@mkdir -p $(RUN)/quiz; rm -f $(RUN)/quiz/answers.jsonl $(RUN)/quiz/incomplete
+	$(call stage,answers,$(BIN)/python generate.py --config configs/quiz.yaml --prompts_file $(QUIZ) --checkpoint $(RUN) \
+		--output_file $(RUN)/quiz/answers.jsonl || { touch $(RUN)/quiz/incomplete; test -f $(RUN)/quiz/answers.jsonl; })
 	$(call stage,score,$(BIN)/python tools/score.py --quiz $(QUIZ) --answers $(RUN)/quiz/answers.jsonl --report $(RUN)/quiz \
 		--log $(RUN)/training_log.jsonl $(addprefix --open_book ,$(wildcard $(OPEN_BOOK)/answers.jsonl)))
+	@test ! -f $(RUN)/quiz/incomplete
 
 open_book: .venv/installed-eval
 	@mkdir -p $(OPEN_BOOK)

@@ -481,7 +481,7 @@ def best_bounds(open_book: dict[tuple, dict[str, dict]], questions: dict[str, di
     """For each kind of passage the key whose number of worked examples is better on the development split."""
 
     def on_dev(key: tuple) -> float:
-        right = [row["exact"] for asked, row in open_book[key].items() if questions[asked]["split"] == "dev"]
+        right = [row.get("exact", 0) for q, row in open_book[key].items() if questions[q]["split"] == "dev"]
         return sum(right) / len(right) if right else 0.0
 
     kinds = dict.fromkeys((key[0], key[2]) for key in open_book)
@@ -638,7 +638,7 @@ def main():
     write(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {output}")
     if args.report:
-        from report import render
+        from report import render  # matplotlib takes its time to load
 
         shown = {question_id: question for question_id, question in questions.items() if question_id in reported}
         write(args.report / "report.html", render(result, answers, measures, shown, copies, log))
