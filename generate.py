@@ -41,7 +41,7 @@ from transformers import (
 from trl import TrlParser
 
 SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of sharded weights
-SHOWN = 20  # questions whose answers are printed
+SHOWN = 3  # questions whose answers are printed when all go into a file
 
 
 class UserError(Exception):
@@ -383,13 +383,13 @@ def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: Genera
     return answers
 
 
-def show(answers: list[dict], console: Console):
-    """Prints each question with the answers of all checkpoints below it, of many questions the first ones.
+def show(answers: list[dict], console: Console, limit: int | None = None):
+    """Prints each question, or the first `limit`, with the answers of all checkpoints below it.
 
     Lines said over and over are counted.
     """
     questions = list(dict.fromkeys(row["prompt"] for row in answers))
-    for question in questions[:SHOWN]:
+    for question in questions[:limit]:
         console.rule(f"[bold]{escape(question)}", align="left")
         for row in (row for row in answers if row["prompt"] == question):
             ended = "ended by itself" if row["ended"] else "cut off"
@@ -400,8 +400,8 @@ def show(answers: list[dict], console: Console):
                 times = len(list(copies))
                 console.print(escape(line) + (f" [dim](x {times})[/]" if times > 1 else ""))
             console.print()
-    if len(questions) > SHOWN:
-        console.print(f"… and {len(questions) - SHOWN:,} more questions; --output_file keeps all answers")
+    if limit and len(questions) > limit:
+        console.print(f"… and {len(questions) - limit:,} more questions")
 
 
 def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
@@ -471,7 +471,7 @@ def main(args: GenerateArguments, config: str):
                 # A question's own fields go along; one of the same name, such as a quiz's answer, as row_answer.
                 answers.append({**{f"row_{k}" if k in own else k: v for k, v in row.items() if k != "prompt"}, **own})
         del model
-    show(answers, Console(highlight=False))
+    show(answers, Console(highlight=False), limit=SHOWN if args.output_file else None)
 
     if args.output_file and answers:
         beside = Path(f"{args.output_file}.partial")

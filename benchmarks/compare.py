@@ -217,6 +217,7 @@ def main():
         "quiz_sha256": about["sha256"],
         "articles_sha256": hashlib.sha256(Path(config["articles"]).read_bytes()).hexdigest(),
     }
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     quiz = slice_of(Path(config["quiz"]), config["titles"], work / "quiz.jsonl")
     jobs = {("base", 0): lambda: make_base(config, work, quiz)}
     for seed in config["seeds"]:
@@ -228,7 +229,7 @@ def main():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"
         if not path.exists() and not args.table:
             made = {
-                "name": name, "made_with": made_with,
+                "name": name, "made_with": made_with, "commit": commit,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
                 "versions": {lib: version(lib) for lib in ("torch", "transformers", "trl", "accelerate")},
                 **job(),
