@@ -40,7 +40,7 @@ def test_make_demo(tmp_path, capsys):
     header, *questions = read_jsonl(ROOT / "data/quiz.jsonl")
     del header["about"]["sha256"]
     titles = {question.split("에 대해")[0] for question in FACTS}
-    asked = [q for q in questions if q["article"] and set(q["article"]) <= titles] + questions[-4:]
+    asked = [q for q in questions if q.get("article") and set(q["article"]) <= titles] + questions[-4:]
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
     files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}"
