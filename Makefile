@@ -42,7 +42,7 @@ quiz: .venv/installed
 	$(call stage,answers,$(BIN)/python generate.py --config configs/quiz.yaml --prompts_file $(QUIZ) --checkpoint $(RUN) \
 		--output_file $(RUN)/quiz/answers.jsonl || { touch $(RUN)/quiz/incomplete; test -f $(RUN)/quiz/answers.jsonl; })
 	$(call stage,score,$(BIN)/python tools/score.py --quiz $(QUIZ) --answers $(RUN)/quiz/answers.jsonl --report $(RUN)/quiz \
-		--log $(RUN)/training_log.jsonl $(addprefix --open_book ,$(wildcard $(OPEN_BOOK)/answers.jsonl)))
+		$(addprefix --log ,$(wildcard $(RUN)/training_log.jsonl)) $(addprefix --open_book ,$(wildcard $(OPEN_BOOK)/answers.jsonl)))
 	@test ! -f $(RUN)/quiz/incomplete
 
 open_book: .venv/installed-eval

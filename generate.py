@@ -298,7 +298,7 @@ def read_prompts(path: str) -> list[dict]:
     A quiz's first line, {"about": …}, asks nothing. Raises UserError with the line number of a bad line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read prompts_file {path}: {getattr(e, 'strerror', None) or e}") from None
     rows = []

@@ -65,16 +65,15 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "_", name)
 
 
-def slice_of(quiz: Path, titles: list[str], output: Path) -> Path:
+def slice_of(quiz: Path, titles: list[str], output: Path):
     """Writes the questions of a quiz on these articles, and those on what never was."""
     about, questions = score.read_quiz(quiz)
     about = {key: value for key, value in about.items() if key != "sha256"}
     rows = [q for q in questions.values() if q["tier"] == "N" or (q["article"] and set(q["article"]) <= set(titles))]
     score.write(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"about": about}, *rows]))
-    return output
 
 
-def kept(answers: Path) -> list[dict]:
+def to_keep(answers: Path) -> list[dict]:
     """What a result file keeps of each answer: all that score.py measures."""
     keys = ("id", "answer", "ended", "passage", "examples")
     return [{key: row[key] for key in keys if key in row} for _, row in score.read_objects(answers)]
@@ -110,7 +109,7 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
         "kept": re.search(r"kept: ([\d.]+%)", told)[1],
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
         "train_minutes": round(train_seconds / 60, 1), "answer_minutes": round(answer_seconds / 60, 1),
-        "answers": kept(answers),
+        "answers": to_keep(answers),
     }  # fmt: skip
     shutil.rmtree(output / "final")  # a gigabyte; the result file holds what was found
     return result
@@ -122,7 +121,7 @@ def make_base(config: dict, work: Path, quiz: Path) -> dict:
         "generate.py", *shlex.split(config["generate"]), "--checkpoint", config["model_name_or_path"],
         "--prompts_file", quiz, "--output_file", answers,
     )  # fmt: skip
-    return {"answer_minutes": round(seconds / 60, 1), "answers": kept(answers)}
+    return {"answer_minutes": round(seconds / 60, 1), "answers": to_keep(answers)}
 
 
 def make_open_book(config: dict, work: Path) -> dict:
@@ -134,7 +133,7 @@ def make_open_book(config: dict, work: Path) -> dict:
         "--chat_template_path", "tools/plain_template.jinja", "--max_new_tokens", "32", "--batch_size", "16",
         "--prompts_file", prompts, "--output_file", answers,
     )  # fmt: skip
-    return {"answer_minutes": round(seconds / 60, 1), "answers": kept(answers)}
+    return {"answer_minutes": round(seconds / 60, 1), "answers": to_keep(answers)}
 
 
 def cell(value: list[float] | None) -> str:
@@ -208,17 +207,21 @@ def main():
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {args.config}: {getattr(e, 'strerror', None) or e}") from None
-    name = args.config.stem
     os.chdir(ROOT)
-    folder, work = Path("benchmarks/results") / name, Path("outputs") / name
+    folder, work = Path("benchmarks/results") / args.config.stem, Path("outputs") / args.config.stem
     about, _ = score.read_quiz(Path(config["quiz"]))
     # What the results depend on; seeds may be added.
     made_with = {key: value for key, value in config.items() if key != "seeds"} | {
         "quiz_sha256": about["sha256"],
+        "recipes_sha256": hashlib.sha256(
+            b"".join(Path(path).read_bytes() for path in re.findall(r"configs/\S+\.yaml", str(config)))
+        ).hexdigest(),
         "articles_sha256": hashlib.sha256(Path(config["articles"]).read_bytes()).hexdigest(),
     }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    quiz = slice_of(Path(config["quiz"]), config["titles"], work / "quiz.jsonl")
+    quiz = work / "quiz.jsonl"
+    if not args.table:
+        slice_of(Path(config["quiz"]), config["titles"], quiz)
     jobs = {("base", 0): lambda: make_base(config, work, quiz)}
     for seed in config["seeds"]:
         for name, recipe in config["recipes"].items():

@@ -143,6 +143,7 @@ def test_leaks_are_found(quiz):
         chat(first["question"], kind="article"),
         chat("조조의 자는?", first["question"]),  # the second turn
         chat(first["question"] + " 짧게 답해 줘."),
+        chat("서기로 따져 유비의 생애가 끝난 해는? 연도만 답해 줘."),
         chat("유비의 이름에 딸린 자(字)를 대라."),
         chat("사람들이 자(字)로 조운을 부를 때 쓴 이름은?"),
         chat("누가 촉한의 마지막 임금이었나?", answer="유선"),
@@ -155,6 +156,7 @@ def test_leaks_are_found(quiz):
         chat("손견에 대해 알려줘.", answer="손견(孫堅)은 …", kind="article"),
         chat("빈칸을 채워 줘: 손견은 ___ 사람이다.", answer="손견은 오군 사람이다.", kind="masked"),
         chat("유비의 자가 뭐야?", answer="현덕"),
+        chat("여름은 사계절 가운데 언제야?", answer="자명하다."),  # 사계 and 자명 are aliases, but not these words
     ):
         assert not score.leaks([given], about, questions), given
 

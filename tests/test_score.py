@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import score
 from conftest import ROOT, read_jsonl, run, script
 from test_mistakes import assert_mistake
+
+import generate
 
 QUIZ = ROOT / "data" / "quiz.jsonl"
 
@@ -63,6 +66,10 @@ def test_contains_is_capped_and_reads_numbers_whole():
     ]:  # fmt: skip
         assert score.contains(answer, [gold]) == found, answer
     assert score.contains("12월", ["12년", "12"]) == 0  # a bare number where there is more to say it with
+    assert score.contains("12이다.", ["12년", "12"]) == 1  # but alone it is the answer
+    for question in score.read_quiz(QUIZ)[1].values():  # what is exact is contained
+        golds = [question["answer"], *question["aliases"]]
+        assert question["tier"] == "N" or all(score.contains(gold, golds, 100) for gold in golds), question["id"]
 
 
 DECLINING = [
@@ -71,8 +78,19 @@ DECLINING = [
     "모르겠습니다.",
     "잘 모릅니다. 다른 이름을 알려 주세요.",
     "운랑곡 전투에 대한 기록은 찾을 수 없다.",
-    "그 책은 존재하지 않는다.",
-    "알 수 없습니다.",
+    "하후즙은 존재하지 않는다.",
+    "강좌병감은 존재하지 않습니다.",
+    "하후즙은 존재하지 않는 인물입니다.",
+    "하후즙은 허구의 인물입니다.",
+    "하후즙은 실존하지 않는 인물입니다.",
+    "하후즙은 실존 인물이 아닙니다.",
+    "하후즙은 삼국지에 없는 인물입니다.",
+    "운랑곡 전투는 없었다.",
+    "기록에 없습니다.",
+    "알 수 없음",
+    "아니요. 그런 인물은 없습니다.",
+    "글쎄요. 잘 모르겠습니다.",
+    "하후즙? 그런 인물은 없습니다.",
     "삼국지에 그런 이름의 장수는 나오지 않는다.",
     "들어 본 적이 없는 이름이네.",
     "확인되지 않는 전투입니다.",
@@ -80,10 +98,13 @@ DECLINING = [
 INVENTING = [
     "하후즙의 자는 자웅이다.",
     "219년",
-    "조조의 장수로, 관도 대전에서 전사하였다. 그 뒤의 일은 알 수 없다.",  # first it invents
+    "조조의 장수로, 관도 대전에서 전사하였다. 그 뒤의 일은 알 수 없다.",
     "아무도 모르게 성을 빠져나갔다.",
     "촉한의 장수로, 뒤를 이을 아들이 없었다.",
     "유비를 따랐으나 끝내 이기지 못하고 죽었다.",
+    "알려져 있지 않은 인물로 자는 자웅이다.",
+    "그를 당할 장수는 없었다.",
+    "정사에는 없는 이야기지만 연의에서는 관우에게 죽는다.",
     "적은 군사로 성을 지켰다.",
     "",
 ]
@@ -109,14 +130,15 @@ def test_copied_runs():
     assert copies.runs(answer) == [(10, 55), (56, 86)]  # 45 and 30; the last, of 29, is too short
     assert copies.runs(text) == [(0, 100), (100, 200)]  # no run goes from one text into the next
     assert copies.runs("") == [] and score.Copies([]).runs(answer) == []
-    parts = copies.marks(answer)
+    parts = copies.marks(answer, copies.runs(answer))
     assert "".join(part for part, _ in parts) == answer and [len(p) for p, copied in parts if copied] == [45, 30]
 
 
 def test_copied_runs_that_overlap():
     text = "".join(chr(0xAC00 + i) for i in range(105))
     copies = score.Copies([text[:40], text[5:105]])  # the longer one begins inside the first
-    assert copies.runs(text) == [(0, 40), (5, 105)] and copies.marks(text) == [(text[:40], True), (text[40:], True)]
+    assert copies.runs(text) == [(0, 40), (5, 105)]
+    assert copies.marks(text, copies.runs(text)) == [(text[:40], True), (text[40:], True)]
     measures = score.measure({"answer": text, "ended": True}, {"tier": "N", "answer": "", "aliases": []}, [], copies)
     assert (measures["longest_run"], measures["copied_share"], measures["copied_80"]) == (100, 1, 1)
 
@@ -149,6 +171,8 @@ def test_pairing_sees_what_separate_intervals_do_not():
     mean, low, _, p = score.compare(one, two, questions)["B"]["exact"]
     assert mean == pytest.approx(0.1) and low > 0 and p == pytest.approx(2 / 2**10)  # ten wins, no loss
     assert score.compare(one, one, questions)["B"]["exact"] == [0, 0, 0, 1]
+    together = {question_id: {**question, "entity": "조조"} for question_id, question in questions.items()}
+    assert score.compare(one, two, together)["B"]["exact"][3] == 1  # all about one entity: no evidence at all
     four = {asked: {"exact": float(i % 2 or i < 8)} for i, asked in enumerate(ids)}
     assert score.compare(one, four, questions)["B"]["exact"][3] == 0.125  # four wins can be chance
 
@@ -256,6 +280,16 @@ def test_one_checkpoint_asked_in_two_ways(quiz, tmp_path):
     assert f"step 8 ({two}) against step 8 ({one}): 4 of 5 answers are the same" in result.stdout
 
 
+def test_two_runs_in_one_file_have_two_names(quiz, tmp_path):
+    texts = {row["id"]: "조조" for row in ROWS}
+    rows = answers_of(texts) + answers_of(texts, checkpoint="outputs/y/checkpoint-8")
+    path = write_rows(tmp_path / "answers.jsonl", rows)
+    script("tools/score.py", "--quiz", quiz, "--answers", path, "--report", tmp_path)
+    models = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["models"]
+    assert [model["name"] for model in models] == ["step 8, outputs/x", "step 8, outputs/y"]
+    assert "tier A, outputs/y" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_training_on_the_quiz_is_told(quiz, tmp_path):
     answers = write_rows(tmp_path / "answers.jsonl", answers_of({row["id"]: "조조" for row in ROWS}))
     turns = [{"role": "user", "content": "관평의 아버지는?"}, {"role": "assistant", "content": "관우"}]
@@ -291,17 +325,21 @@ def test_open_book_prompts(tmp_path):
     assert not any(questions[row["id"]]["tier"] == "N" for row in rows if row["passage"] == "gold")
     right, of = map(int, re.search(r"answers for (\d+) of (\d+)", result.stdout).groups())
     assert of == sum(question["tier"] != "N" for question in questions.values()) and right > 0.5 * of
-    # A base model that never saw turns is asked in plain text.
-    assert (ROOT / "tools/plain_template.jinja").read_text(encoding="utf-8").count("bos_token") == 1
+
+
+def test_a_base_model_is_asked_in_plain_text(finished_run):
+    tokenizer = generate.load_tokenizer(str(finished_run / "final"), str(ROOT / "tools/plain_template.jinja"))
+    ids = generate.encode(["글: 조조의 자는 맹덕이다.\n답:"], tokenizer, "cpu")["input_ids"][0]
+    assert tokenizer.decode(ids) == "<|begin_of_text|>글: 조조의 자는 맹덕이다.\n답:"
 
 
 @pytest.mark.slow
 def test_lm_eval_runs_the_tasks(finished_run, tmp_path):
     arguments = f"pretrained={finished_run}/final,dtype=float32"
     result = run(
-        "lm_eval", "--model", "hf", "--model_args", arguments, "--include_path", "tools/lm_eval_tasks", "--tasks",
-        "quiz_choice,neutral_ko", "--apply_chat_template", "--device", "cpu", "--limit", "5",
-        "--output_path", tmp_path, "--log_samples", env={"HF_HOME": str(tmp_path / "hf")},
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--apply_chat_template",
+        "--include_path", "tools/lm_eval_tasks", "--tasks", "quiz_choice,neutral_ko", "--device", "cpu",
+        "--limit", "5", "--output_path", tmp_path, "--log_samples", env={"HF_HOME": str(tmp_path / "hf")},
     )  # fmt: skip
     assert "acc_norm" in result.stdout and "byte_perplexity" in result.stdout
     _, questions = score.read_quiz(QUIZ)
@@ -336,6 +374,7 @@ def test_lm_eval_runs_the_tasks(finished_run, tmp_path):
         ({"tier": "N"}, ("line 3 (x): tier N asks for what never was",)),
         ({"id": "A-2"}, ("line 3", "id A-2 was used before")),
         ({"split": "train"}, ("line 3 (x): split is dev or test",)),
+        ({"withheld": "false"}, ("line 3 (x): `withheld` is true or false",)),
         ({"choices": "c"}, ("line 3 (x): `choices` is a list of texts",)),
         ({"choices": ["유 비", "조조"]}, ("line 3 (x): the wrong choices hold the answer '유 비'",)),
         ({"aliases": ["현덕"], "choices": ["현덕"]}, ("line 3 (x): the wrong choices hold the answer '현덕'",)),

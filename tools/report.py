@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 from jinja2 import Environment, FileSystemLoader  # noqa: E402
-from score import COLUMNS, TIERS, short_name  # noqa: E402
+from score import COLUMNS, TIERS  # noqa: E402
 
 plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False}
 
@@ -71,14 +71,15 @@ def figures(models: list[dict], log: list[dict]) -> list[str]:
         ):
             points = [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
             label = "training" if name == measure else f"evaluation: {name[5 : -len(measure) - 1]}"
-            lines.append((label, *map(list, zip(*points, strict=True)), None))
+            if points:
+                lines.append((label, *map(list, zip(*points, strict=True)), None))
         if lines:
             charts.append(figure(title, lines, [], title))
     return charts
 
 
-def render(result: dict, answers: dict, measures: dict, questions: dict[str, dict], copies, log: list[dict]) -> str:
-    """The page. `answers` and `measures` are {model: {question id: …}}, `questions` those to show."""
+def render(result: dict, answers: dict, measures: dict, names: dict, questions: dict, copies, log: list[dict]) -> str:
+    """The page. `answers` and `measures` are {model: {question id: …}}, `names` {model: name}, `questions` to show."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -89,8 +90,8 @@ def render(result: dict, answers: dict, measures: dict, questions: dict[str, dic
             if question_id in given:
                 row, text = measures[key][question_id], given[question_id]["answer"]
                 right = row["exact"] or row["contains"] if question["answer"] else not row["invented"]
-                parts = copies.marks(text) if copies else [(text, False)]
-                cells.append({**given[question_id], "name": short_name(key), "right": bool(right), "parts": parts})
+                parts = copies.marks(text, copies.runs(text)) if copies else [(text, False)]
+                cells.append({**given[question_id], "name": names[key], "right": bool(right), "parts": parts})
         if cells:
             rows.append({**question, "cells": cells})
     return environment.get_template("report.html.jinja").render(

@@ -140,6 +140,8 @@ def check_question(row: dict, where: str) -> dict:
         raise UserError(f"{where}: unknown tier {row.get('tier')!r}; the tiers are {', '.join(TIERS)}")
     if row["split"] not in ("dev", "test"):
         raise UserError(f"{where}: split is dev or test, not {row['split']!r}")
+    if not isinstance(row["withheld"], bool):
+        raise UserError(f"{where}: `withheld` is true or false")
     for key in ("evidence", "article"):  # a single text will do
         row[key] = [row[key]] if isinstance(row[key], str) else row[key]
     for key in ("aliases", "choices", "evidence", "article"):
@@ -188,7 +190,9 @@ def read_answers(
             kinds = {"checkpoint": str, "step": int | None, "id": str, "answer": str, "ended": bool}
             if any(key not in row or not isinstance(row[key], kind) for key, kind in kinds.items()):
                 raise UserError(f"{where}: not an answer to a quiz; generate.py --prompts_file QUIZ makes them")
-            passage = row.get("passage")
+            passage, examples = row.get("passage"), row.get("examples", 0)
+            if not isinstance(passage, str | None) or not isinstance(examples, int):
+                raise UserError(f"{where}: `passage` and `examples` are open_book.py's names; give yours others")
             if bool(passage) != open_book:
                 raise UserError(
                     f"{where}: only answers to open_book.py's prompts belong in --open_book, and only there"
@@ -201,13 +205,13 @@ def read_answers(
                 wrong.append(f"{where}: {row['id']} was another question when it was answered")
                 continue
             file = str(path) if len(paths) > 1 else ""
-            answers = models.setdefault((row["checkpoint"], row["step"], passage, row.get("examples", 0), file), {})
+            answers = models.setdefault((row["checkpoint"], row["step"], passage, examples, file), {})
             if row["id"] in answers:
                 raise UserError(f"{where}: {row['checkpoint']} has answered {row['id']} before")
             answer = row["answer"].strip().split("\n")[0] if passage else row["answer"]
             answers[row["id"]] = {**row, "answer": answer}
     if not models:
-        raise UserError(f"{wrong[0]}" if wrong else f"{paths[0]} holds no answers")
+        raise UserError(wrong[0] if wrong else f"{paths[0]} holds no answers")
     for (first, ids), (other, others) in pairwise((key, set(rows)) for key, rows in models.items() if not open_book):
         if ids != others:
             raise UserError(
@@ -242,19 +246,30 @@ def leaks(chats: list[dict], about: dict, questions: dict[str, dict]) -> list[st
     known = {squeeze(question["question"]): question["id"] for question in questions.values()}
     forms = []
     for form in about["reserved_forms"]:
-        before, one, other, after = re.fullmatch(r"(.*)\{\}(?:(\w+)/(\w+))?(.*)", form, re.DOTALL).groups()
+        before, one, other, after = re.fullmatch(
+            r"(.*)\{\}(?:(\w{1,2})/(\w{1,2}?)(?=\s|$))?(.*)", form, re.DOTALL
+        ).groups()
         particle = f"(?:{one}|{other})" if one else ""
         forms.append((form, re.compile(re.escape(squeeze(before)) + ".{1,30}" + particle + re.escape(squeeze(after)))))
-    names = [name for entry in about["withheld"] for name in (entry["entity"], *entry.get("aliases", []))]
+    names = {}  # a short alias such as 사계 begins other words too (사계절): it counts only as a word of its own
+    for entry in about["withheld"]:
+        names[entry["entity"]] = re.compile(re.escape(entry["entity"]))
+        for alias in entry.get("aliases", []):
+            whole = rf"(?<!\w){re.escape(alias)}(?:{'|'.join(PARTICLES)})?(?!\w)"
+            names[alias] = re.compile(whole if len(alias) < 3 else re.escape(alias))
     found = []
     for chat in chats:
         for prompt in chat["prompts"]:
-            text = squeeze(prompt)
-            found += [f"{prompt!r} asks question {known[question]}" for question in known if question in text]
-            found += [f"{prompt!r} has the form {form!r}" for form, pattern in forms if pattern.fullmatch(text)]
+            shown, text = repr(prompt[:80]), squeeze(prompt)
+            sentences = [text, *map(squeeze, re.split(r"(?<=[.?!])\s|\n", prompt))]
+            found += [f"{shown} asks question {known[question]}" for question in known if question in text]
+            found += [
+                f"{shown} has the form {form!r}" for form, pattern in forms if any(map(pattern.fullmatch, sentences))
+            ]
         if chat["kind"] not in ("article", "masked"):
             text = "\n".join([*chat["prompts"], chat["answer"]])
-            found += [f"{chat['prompts'][-1]!r} or its answer names {name}" for name in names if name in text]
+            shown = repr("".join(chat["prompts"][-1:])[:80])
+            found += [f"{shown} or its answer names {name}" for name, pattern in names.items() if pattern.search(text)]
     return found
 
 
@@ -313,11 +328,13 @@ def f1(answer: str, golds: list[str]) -> float:
 
 
 def contains(answer: str, golds: list[str], cap: int | None = None) -> float:
-    """1 when one of `golds` stands in an answer of at most `cap` characters.
+    """1 when one of `golds` stands in an answer of at most `cap` characters, or is all of it.
 
     A number counts only whole, and a bare one (219 beside 219년) only where nothing else is given: it stands in too
     many other things.
     """
+    if exact(answer, golds):
+        return 1.0
     if cap is not None and len(answer) > cap:
         return 0.0
     text = squeeze(answer)
@@ -327,8 +344,12 @@ def contains(answer: str, golds: list[str], cap: int | None = None) -> float:
 
 
 def declines(answer: str, patterns: list[str]) -> float:
-    """1 when the first sentence of the answer says that no such thing is known, by one of the quiz's `declines`."""
-    first = re.split(r"(?<=[.!?])\s|\n", answer.strip(), maxsplit=1)[0]
+    """1 when the answer begins by saying that no such thing is known, by one of the quiz's `declines`.
+
+    Its first sentence counts, and the second after one of a word or two ("아니요."): what comes later may be invented.
+    """
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", answer.strip())
+    first = " ".join(sentences[: 2 if len(sentences[0].split()) < 3 else 1])
     return float(any(re.search(pattern, first) for pattern in patterns))
 
 
@@ -359,7 +380,8 @@ class Copies:
         found, end = [], 0
         for start in range(len(answer) - self.RUN + 1):
             gram = answer[start : start + self.RUN]
-            if not np.isin(hash(gram), self.hashes, assume_unique=True) or gram not in self.text:
+            place = self.hashes.searchsorted(hash(gram))
+            if place == len(self.hashes) or self.hashes[place] != hash(gram) or gram not in self.text:
                 continue
             longest = max(end, start + self.RUN)  # what was found to end here from further left does so from here too
             while longest < len(answer) and answer[start : longest + 1] in self.text:
@@ -369,10 +391,11 @@ class Copies:
                 end = longest
         return found
 
-    def marks(self, answer: str) -> list[tuple[str, bool]]:
-        """The answer cut into (part, whether it lies in a copied run)."""
+    @staticmethod
+    def marks(answer: str, runs: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+        """The answer cut into (part, whether it lies in one of its copied runs)."""
         parts, last = [], 0
-        for start, end in self.runs(answer):
+        for start, end in runs:
             parts += [(answer[last:start], False)] * (start > last) + [(answer[max(start, last) : end], True)]
             last = end
         return parts + [(answer[last:], False)] * (last < len(answer))
@@ -393,8 +416,9 @@ def measure(answer: dict, question: dict, patterns: list[str], copies: Copies | 
             "contains_uncapped": contains(text, golds),
         }
     if copies:
-        copied = sum(len(part) for part, is_copied in copies.marks(text) if is_copied)
-        scores["longest_run"] = float(max((end - start for start, end in copies.runs(text)), default=0))
+        runs = copies.runs(text)
+        copied = sum(len(part) for part, is_copied in copies.marks(text, runs) if is_copied)
+        scores["longest_run"] = float(max((end - start for start, end in runs), default=0))
         scores["copied_share"] = copied / len(text) if text else 0.0
         scores["copied_80"] = float(scores["longest_run"] >= 80)
     return scores
@@ -453,7 +477,7 @@ def summarize(scores: dict[str, dict], questions: dict[str, dict]) -> dict[str, 
 def compare(scores: dict[str, dict], other: dict[str, dict], questions: dict[str, dict]) -> dict[str, dict]:
     """other minus scores, question by question: {group: {"n", measure: [difference, low, high, p]}}.
 
-    p is of the exact two-sided sign test over the questions of which one model got more (McNemar's, for 0 and 1).
+    p is of the exact two-sided sign test over the entities of whose questions one model got more.
     """
     differences = {
         question_id: {name: other[question_id][name] - value for name, value in row.items()}
@@ -461,9 +485,12 @@ def compare(scores: dict[str, dict], other: dict[str, dict], questions: dict[str
     }
     summary = summarize(differences, questions)
     for group, measures in summary.items():
-        rows = [row for question_id, row in differences.items() if group in groups_of(questions[question_id])]
         for name in measures.keys() - {"n"}:
-            more, less = (sum(sign * row.get(name, 0) > 0 for row in rows) for sign in (1, -1))
+            gains = Counter()
+            for question_id, row in differences.items():
+                if group in groups_of(questions[question_id]):
+                    gains[questions[question_id].get("entity") or question_id] += row.get(name, 0)
+            more, less = (sum(sign * gain > 1e-9 for gain in gains.values()) for sign in (1, -1))
             tail = sum(math.comb(more + less, k) for k in range(min(more, less) + 1)) / 2 ** (more + less)
             measures[name].append(min(1.0, 2 * tail))
     return summary
@@ -477,11 +504,17 @@ def short_name(key: tuple) -> str:
     return f"{label} ({file})" if file else label
 
 
+def name_models(keys: list[tuple]) -> dict[tuple, str]:
+    """short_name of each, with the run's folder where two would have the same."""
+    counts = Counter(map(short_name, keys))
+    return {key: short_name(key) + (f", {Path(key[0]).parent}" if counts[short_name(key)] > 1 else "") for key in keys}
+
+
 def best_bounds(open_book: dict[tuple, dict[str, dict]], questions: dict[str, dict]) -> list[tuple]:
     """For each kind of passage the key whose number of worked examples is better on the development split."""
 
     def on_dev(key: tuple) -> float:
-        right = [row.get("exact", 0) for q, row in open_book[key].items() if questions[q]["split"] == "dev"]
+        right = [row.get("contains", 0) for q, row in open_book[key].items() if questions[q]["split"] == "dev"]
         return sum(right) / len(right) if right else 0.0
 
     kinds = dict.fromkeys((key[0], key[2]) for key in open_book)
@@ -562,6 +595,8 @@ def main():
     )
     args = parser.parse_args()
 
+    if args.contains_cap < 1:
+        raise UserError("--contains_cap is a number of characters, at least 1")
     about, questions = read_quiz(args.quiz)
     if not args.answers:
         tiers = Counter(question["tier"] for question in questions.values())
@@ -584,30 +619,34 @@ def main():
     }
     bounds = best_bounds({key: measures[key] for key in open_book}, questions)
     reported = {question_id for question_id, question in questions.items() if question["split"] == args.split}
-    scores = {key: {q: row for q, row in measures[key].items() if q in reported} for key in [*bounds, *answers]}
     closed = list(answers)
+    asked = reported & set(answers[closed[0]])
+    scores = {key: {q: row for q, row in measures[key].items() if q in asked} for key in [*bounds, *answers]}
+    names = name_models(list(scores))
     if not scores[closed[0]]:
         raise UserError(f"no answer is to a question of the split {args.split}")
     models = [
         {
-            "name": short_name(key), "checkpoint": key[0], "step": key[1], "passage": key[2], "examples": key[3],
+            "name": names[key], "checkpoint": key[0], "step": key[1], "passage": key[2], "examples": key[3],
             "file": key[4], "scores": summarize(rows, questions),
         }
         for key, rows in scores.items() if rows
     ]  # fmt: skip
     comparisons = [
         {
-            "of": short_name(later), "with": short_name(earlier),
+            "of": names[later], "with": names[earlier],
             "same_answers": sum(answers[later][q]["answer"] == answers[earlier][q]["answer"] for q in scores[later]),
             "difference": compare(scores[earlier], scores[later], questions),
         }
         for earlier, later in dict.fromkeys([*((closed[0], key) for key in closed[1:]), *pairwise(closed)])
     ]  # fmt: skip
 
-    notes, answered = [], len(scores[closed[0]])
-    if answered < len(reported):
-        notes.append(f"{answered} of the {len(reported)} questions of the split {args.split} were asked")
-    if not about["declines"] and any(questions[question_id]["tier"] == "N" for question_id in scores[closed[0]]):
+    notes = []
+    if len(asked) < len(reported):
+        notes.append(f"{len(asked)} of the {len(reported)} questions of the split {args.split} were asked")
+    if not chats:
+        notes.append("no training file was found, so nothing is said of copies and leaks; name it with --train_file")
+    if not about["declines"] and any(questions[question_id]["tier"] == "N" for question_id in asked):
         notes.append(f"the first line of {args.quiz} has no `declines`: every answer to tier N counts as invented")
     leaked = leaks(chats, about, questions)
     if leaked:
@@ -628,7 +667,7 @@ def main():
     print_table(models, Console(highlight=False))
     if comparisons:
         last = comparisons[len(closed) - 2]
-        print(f"{last['of']} against {last['with']}: {last['same_answers']} of {answered} answers are the same")
+        print(f"{last['of']} against {last['with']}: {last['same_answers']} of {len(asked)} answers are the same")
         for line in filter(None, (told(last, title) for title in COLUMNS)):
             print(line)
     for note in notes:
@@ -640,8 +679,8 @@ def main():
     if args.report:
         from report import render  # matplotlib takes its time to load
 
-        shown = {question_id: question for question_id, question in questions.items() if question_id in reported}
-        write(args.report / "report.html", render(result, answers, measures, shown, copies, log))
+        shown = {question_id: question for question_id, question in questions.items() if question_id in asked}
+        write(args.report / "report.html", render(result, answers, measures, names, shown, copies, log))
         print(f"wrote {args.report / 'report.html'}")
     wrong += more_wrong
     if wrong:

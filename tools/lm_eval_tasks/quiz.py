@@ -4,7 +4,7 @@ from functools import partial
 
 
 def keep(rows, tier: str):
-    return rows.filter(lambda row: row["tier"] == tier and row["split"] != "dev" and bool(row["choices"]))
+    return rows.filter(lambda row: row["tier"] == tier and row.get("split") != "dev" and bool(row["choices"]))
 
 
 tier_a, tier_b, tier_c, tier_d = (partial(keep, tier=tier) for tier in "ABCD")
