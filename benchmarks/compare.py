@@ -164,11 +164,13 @@ def print_table(config: dict, results: dict[str, list[dict]]):
         books = {
             key: measured([r for r in result["answers"] if (r["passage"], r["examples"]) == key[2:4]]) for key in keys
         }
-        for key in score.best_bounds(books, questions):
-            lines[score.short_name(key)] = on_slice(books[key])
-            whole = {q: row for q, row in books[key].items() if questions[q]["split"] == "test"}
-            print(f"{score.short_name(key)}, B+C of the whole quiz contains: "
-                  + cell(score.summarize(whole, questions)["B+C"]["contains"]))  # fmt: skip
+        chosen = score.best_bounds(books, questions)
+        for key, rows in books.items():
+            whole = {q: row for q, row in rows.items() if questions[q]["split"] == "test"}
+            value = cell(score.summarize(whole, questions)["B+C"]["contains"])
+            mark = " (the development split's choice)" if key in chosen else ""
+            print(f"{score.short_name(key)}, B+C of the whole quiz contains: {value}{mark}")
+        lines |= {score.short_name(key): on_slice(books[key]) for key in chosen}
     lines |= {
         name: on_slice(measured([row for result in found for row in result["answers"]]))
         for name, found in results.items() if name != "open book"
