@@ -43,7 +43,7 @@ def test_make_demo(tmp_path, capsys):
     asked = [q for q in questions if q.get("article") and set(q["article"]) <= titles] + questions[-4:]
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
-    files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}"
+    files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}/none"
     result = run("make", "quiz", *files, timeout=1200)
     assert "step 42" in result.stdout
     scores = json.loads((tmp_path / "run/quiz/scores.json").read_text(encoding="utf-8"))
