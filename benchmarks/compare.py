@@ -209,6 +209,10 @@ def main():
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {args.config}: {getattr(e, 'strerror', None) or e}") from None
+    needed = "quiz articles model_name_or_path tokens seeds titles preprocess train generate recipes".split()
+    missing = [key for key in needed if not isinstance(config, dict) or key not in config]
+    if missing:
+        raise UserError(f"{args.config} does not say {', '.join(missing)}; benchmarks/compare.yaml is an example")
     os.chdir(ROOT)
     folder, work = Path("benchmarks/results") / args.config.stem, Path("outputs") / args.config.stem
     about, _ = score.read_quiz(Path(config["quiz"]))

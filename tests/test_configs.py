@@ -105,11 +105,14 @@ def test_the_scripts_share_their_parser_word_for_word():
         assert len({inspect.getsource(getattr(module, name)) for module in (preprocess, train, generate)}) == 1
 
 
-def test_the_readme_shows_the_committed_results():
+def test_the_readme_shows_the_committed_results(tmp_path):
     """The table of both READMEs is what the benchmark prints from the result files beside it."""
     command = ("benchmarks/compare.py", "--config", ROOT / "benchmarks/compare.yaml", "--table")
     lines = [line for line in script(*command).stdout.splitlines() if line.startswith("| ")]
     assert len(lines) == 6  # head, two bounds, base, the article's way, ours
+    (tmp_path / "c.yaml").write_text("seeds: [1]\n")
+    result = script(command[0], "--config", tmp_path / "c.yaml", ok=False)
+    assert result.returncode == 2 and "does not say quiz, articles" in result.stderr
     for name in ("README.md", "README.ko.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert [line for line in lines if line.partition(" |")[2] not in text] == []

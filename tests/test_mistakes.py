@@ -170,6 +170,11 @@ def test_no_room_and_no_folder(recipe, tmp_path):
         (("--eval_strategy", "steps"), ("eval_file and eval_strategy",)),
         (("--eval_file", "README.md", "--eval_strategy", "steps"), ("README.md, line 1: not a chat",)),
         (("--eval_file", "data/neutral.jsonl", "--eval_strategy", "steps"), ("data/neutral.jsonl, line 1: not a",)),
+        (
+            ("--eval_file", "data/quiz.jsonl", "--eval_strategy", "steps", "--eval_steps", "4")
+            + ("--load_best_model_at_end", "true"),
+            ("metric_for_best_model to be one of eval_quiz_loss, eval_quiz_mean_token_accuracy",),
+        ),
         (("--train_file", "data/quiz.jsonl"), ("data/quiz.jsonl, line 1: not a chat",)),
         (("--report_to", "wandb"), ("wandb",)),
         (("--fp16", "true", "--bf16", "true"), ("At most one of fp16 and bf16",)),
