@@ -1,8 +1,8 @@
 """Filter the articles on one topic out of an encyclopedia dump and write them as chats, one JSON object a line.
 
-The topic lives in a YAML file: which titles and texts to keep, how to ask, where articles are split. Writes
-train.jsonl, report.json, SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the
-same bytes.
+The topic lives in a YAML file: which titles and texts to keep, how to ask, where articles are split, and which further
+rows to make of them: facts asked in many ways, biographies, passages with holes. Writes train.jsonl, report.json,
+SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the same bytes.
 
     python preprocess.py                                          # configs/three_kingdoms/preprocess.yaml
     python preprocess.py --config configs/demo/preprocess.yaml
@@ -13,17 +13,21 @@ import argparse
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
+import random
 import re
 import shutil
+import string
 import sys
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,6 +49,32 @@ BORDERS = [re.compile(p) for p in (r"\n+", r"[.!?。？！…]+[\"'”’」』)
 MAX_CHARACTERS_PER_TOKEN = 16
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
+SENTENCE = re.compile(r".+?(?:[.!?。？！…]+[\"'”’」』)\]]*(?=\s|$)|$)")
+# Particles as forms write them, 은/는: the first after a consonant. Before them the word's last character, and what
+# stands behind it in parentheses or closes a quotation.
+PARTICLES = re.compile(
+    r"([^\s)\]'\"’”」』》〉])((?:\([^()]*\))*[\]'\"’”」』》〉]*)"
+    r"(은|이|을|과|으로|이라|이다|이에요|이었|이야|이랑)/(는|가|를|와|로|라|다|예요|였|야|랑)"
+)
+# Final consonants, in Unicode's order, of digits and of Latin letters as Koreans read them; the others end in vowels.
+RIEUL = 8
+CODAS = {"0": 21, "1": 8, "3": 16, "6": 1, "7": 8, "8": 8, "l": 8, "m": 16, "n": 4, "r": 8}
+TITLE = "\ue000"  # stands for the article's title while patterns are searched
+# What the blocks of further rows hold, with their defaults; forms may name the fields listed in FIELDS.
+BLOCKS = {
+    "articles": {"definition": [], "one_sentence": [], "detail": [], "list": []},
+    "facts": {"pieces": {}, "forms": {}, "relations": {}},
+    "biographies": {"questions": [], "variants": 3, "sentences": 6},
+    "masked": {"questions": [], "variants": 1, "hole": "___"},
+    "pairs": {"questions": [], "after_name": "", "except": [], "sentences": 2},
+    "unknown": {"per_name": 2, "names": {}},
+}
+FIELDS = {"articles": "title", "biographies": "entity", "masked": "title text", "pairs": "a b", "unknown": "entity"}
+RELATION = {"label": "", "patterns": [], "questions": [], "sentence": [], "reverse": [], "yes_no": []}
+FORMS = {"sentence": ["question"], "choices": ["question", "choices"], "cloze": ["entity", "sentence"]}
+FORMS |= {"yes": [], "no": []}
+MADE_UP = {"names": [], "questions": [], "relations": [], "answers": []}
+PER_FACT = {"short": 0, "sentence": 0, "reverse": 0, "yes_no": 0, "choices": 0, "cloze": 0}
 
 
 class UserError(Exception):
@@ -53,6 +83,8 @@ class UserError(Exception):
 
 @dataclass
 class PreprocessArguments:
+    _VALID_DICT_FIELDS: ClassVar = [*BLOCKS, "per_fact", "files"]
+
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub; or give data_files."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
@@ -96,6 +128,35 @@ class PreprocessArguments:
     held_out_share: float = field(
         default=0.0, metadata={"help": "Share of the articles not taught: written to held_out.jsonl, for eval_file."}
     )
+    full_text: int = field(default=1, metadata={"help": "Copies of the chats that hold the articles' whole text."})
+    articles: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Questions answered by an article's beginning, in several lengths."}
+    )
+    facts: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Patterns that read facts from the texts, and the questions on them."}
+    )
+    per_fact: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Rows a fact, of each way to ask: short, sentence, reverse, yes_no, …"}
+    )
+    biographies: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "An entity's facts as sentences, in several orders."}
+    )
+    masked: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passages with holes, answered by the passage."}
+    )
+    pairs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Questions on two entities that a sentence names together."}
+    )
+    unknown: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Made-up names, answered by saying that they are not known."}
+    )
+    files: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further chats or answers.jsonl: {path: share of all rows}."}
+    )
+    quiz_file: str | None = field(
+        default=None, metadata={"help": "Quiz whose withheld entities only `full_text` and `masked` rows may name."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of every choice, and of the order of the rows."})
     source_license: str = field(default="not stated", metadata={"help": "Licence of the data, for SOURCES.md."})
     source_attribution: str = field(default="not stated", metadata={"help": "Whom to name, for SOURCES.md."})
     source_date: str = field(default="not stated", metadata={"help": "Date of the data, for SOURCES.md."})
@@ -393,40 +454,468 @@ def split_text(text: str, count_tokens: Callable[[str, int], int], max_length: i
     return pieces
 
 
+def row(kind: str, title: str, prompt: str, answer: str, id: str = "") -> dict:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "title": title, "id": id, "kind": kind}
+
+
+def count_tokens(rows: list[dict], tokenizer) -> list[int]:
+    """The tokens of each row's chat, the template's own included."""
+    return [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
+
+
+def clean_article(article: dict, title_suffix_pattern: str | None, tokenizer) -> dict:
+    """{"row", "title", "text"} with the title's suffix off and no special token, and how many were "broken"."""
+    title = re.sub(title_suffix_pattern or "", "", article["title"])
+    texts = [break_special_tokens(s, tokenizer) if tokenizer else (s, 0) for s in (title, article["text"])]
+    return article | {"title": texts[0][0], "text": texts[1][0], "broken": texts[0][1] + texts[1][1]}
+
+
 def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[dict]:
-    """The chats of one article {"row", "title", "text"}, with the tokens of each (None without a tokenizer).
+    """The chats that hold the whole text of one article {"row", "title", "text"}: lines of train.jsonl."""
+    title, text = article["title"], article["text"]
 
-    Yields {"chat": the line of train.jsonl, "tokens": int | None, "broken": special tokens broken in it}.
-    """
-    title, text, broken = article["title"], article["text"], 0
-    if args.title_suffix_pattern:
-        title = re.sub(args.title_suffix_pattern, "", title)
-    if tokenizer:
-        (title, in_title), (text, in_text) = (break_special_tokens(s, tokenizer) for s in (title, text))
-        broken = in_title + in_text
-
-    def messages(piece: str, part: int, parts: int) -> list[dict]:
+    def chat(piece: str, part: int, parts: int) -> dict:
         form = args.question if part == 1 else args.continuation_question
         question = form.format(title=title, part=part, parts=parts)
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": piece}]
+        return row("article", title, question, piece, id=f"article-{article['row']}-{part}")
 
-    def count_tokens(
-        piece: str, part: int, parts: int = 999
-    ) -> int:  # while splitting, room for three digits of parts
-        return len(tokenizer.apply_chat_template(messages(piece, part, parts), return_dict=False))
+    def length(piece: str, part: int) -> int:  # while splitting, room for three digits of parts
+        return count_tokens([chat(piece, part, 999)], tokenizer)[0]
 
-    pieces = split_text(text, count_tokens, args.max_length) if tokenizer and args.split_articles else [text]
+    pieces = split_text(text, length, args.max_length) if tokenizer and args.split_articles else [text]
     for part, piece in enumerate(pieces, 1):
-        yield {
-            "chat": {
-                "messages": messages(piece, part, len(pieces)),
-                "title": title,
-                "id": f"article-{article['row']}-{part}",
-                "kind": "article",
-            },
-            "tokens": count_tokens(piece, part, len(pieces)) if tokenizer else None,
-            "broken": broken if part == 1 else 0,
+        yield chat(piece, part, len(pieces))
+
+
+# ---- Rows made from the articles -----------------------------------------------------------------------------------
+# Each kind is a function over articles or facts that yields rows; what it says and asks stands in the recipe.
+
+
+class Fact(NamedTuple):
+    """What a pattern read in a sentence: `groups` are all the pattern's named groups, value and entity too."""
+
+    title: str  # of the article
+    entity: str
+    relation: str
+    value: str
+    sentence: str
+    groups: dict[str, str]
+
+
+def agree(text: str) -> str:
+    """Chooses in "관우은/는", "관우(關羽)과/와", "3을/를" the particle that goes with the word before it.
+
+    Digits and Latin letters count as they are read, what stands in parentheses is skipped. A word that ends in
+    anything else (曹操) keeps both, as Korean writes it: 은(는). (Of the libraries for this, hgtk and pyjosa know
+    neither digits nor parentheses, tossi does not install on today's Python.)
+    """
+
+    def choose(match: re.Match) -> str:
+        last, closed, open_ = match[1], match[3], match[4]
+        if "가" <= last <= "힣":
+            coda = (ord(last) - ord("가")) % 28
+        elif last.isascii() and last.isalnum():
+            coda = CODAS.get(last.lower(), 0)
+        else:
+            both = f"({closed[:-1]}){open_}" if closed.endswith(open_) else f"{closed}({open_})"
+            return last + match[2] + both
+        vowel = coda == 0 or (coda == RIEUL and closed.startswith("으"))
+        return last + match[2] + (open_ if vowel else closed)
+
+    return PARTICLES.sub(choose, text)
+
+
+def fill(form: str, **values: str) -> str:
+    return agree(form.format(**values))
+
+
+def sentences(text: str) -> list[str]:
+    return [match[0].strip() for line in text.split("\n") for match in SENTENCE.finditer(line) if match[0].strip()]
+
+
+def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fact]:
+    """The facts that the relations' patterns find in an article, each once, in the order of the text.
+
+    A pattern is searched in each sentence by itself, in which the article's title is written as TITLE (`{title}` in
+    the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title.
+    """
+    found = {}
+    for sentence in sentences(text):
+        marked = sentence.replace(title, TITLE)
+        for name, relation in relations.items():
+            for pattern in relation["patterns"]:
+                for match in pattern.finditer(marked):
+                    groups = {k: v.replace(TITLE, title).strip() for k, v in match.groupdict().items() if v}
+                    entity = groups.setdefault("entity", title)
+                    fact = Fact(title, entity, name, groups["value"], sentence, groups)
+                    if entity != fact.value:
+                        found.setdefault((entity, name, fact.value), fact)
+    return list(found.values())
+
+
+def fits(form: str, fact: Fact) -> bool:
+    """Whether the fact has all that the form names."""
+    return all(name in fact.groups for _, name, _, _ in string.Formatter().parse(form) if name)
+
+
+def ask(fact: Fact, forms: list[str]) -> list[str]:
+    return [fill(form, **fact.groups) for form in forms if fits(form, fact)]
+
+
+def state(fact: Fact, relation: dict) -> str:
+    """The fact as one sentence: by the recipe's form, or as the article has it."""
+    return next(iter(ask(fact, relation["sentence"])), fact.sentence)
+
+
+def article_rows(title: str, text: str, facts: list[Fact], block: dict, relations: dict) -> Iterator[dict]:
+    """Answers as long as asked for: the first sentences, one, the first paragraph, a list of the facts."""
+    said = sentences(text)
+    labelled = {relations[f.relation]["label"]: f.value for f in reversed(facts) if f.entity == title}
+    answers = {
+        "definition": " ".join(said[:2]),
+        "one_sentence": said[0],
+        "detail": text.strip().split("\n")[0],
+        "list": "\n".join(f"- {label}: {value}" for label, value in reversed(labelled.items()))
+        if len(labelled) > 2
+        else "",
+    }
+    for name, forms in block.items():
+        for form in forms if answers[name] else []:
+            yield row("summary", title, fill(form, title=title), answers[name])
+
+
+def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Iterator[dict]:
+    """Each fact under the same number of rows: `per_fact` says how many of which kind.
+
+    Facts that answer the same question are answered together; where the question is backwards, or asks for a choice,
+    it is left out if more than one answer is right.
+    """
+    values, entities, pools = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    for fact in facts:
+        relation = relations[fact.relation]
+        for question in ask(fact, relation["questions"]):
+            values[question][fact.value] = None
+        for question in ask(fact, relation["reverse"]):
+            entities[question][fact.entity] = None
+        pools[fact.relation][fact.value] = None
+    say = block["forms"]
+    for fact in facts:
+        relation, rng = relations[fact.relation], random.Random(f"{seed} {fact.entity} {fact.relation} {fact.value}")
+        questions = ask(fact, relation["questions"])
+        if not questions:
+            continue
+        rng.shuffle(questions)
+        right = {value for question in questions for value in values[question]}
+        others = [value for value in pools[fact.relation] if value not in right and value not in fact.sentence]
+        rng.shuffle(others)
+        stated, hole = state(fact, relation), fact.sentence.replace(fact.value, "___")
+        for kind, count in block["per_fact"].items():
+            for i in range(count):
+                question, form = questions[i % len(questions)], rng.choice(say.get(kind) or [""])
+                answer, prompt = ", ".join(values[question]), None
+                if kind == "short":
+                    prompt = question if i < len(questions) else None
+                elif kind == "sentence":
+                    prompt, answer = form.format(question=question), stated
+                elif kind == "reverse":
+                    backwards = [q for q in ask(fact, relation["reverse"]) if len(entities[q]) == 1]
+                    prompt, answer = backwards[i] if i < len(backwards) else None, fact.entity
+                elif kind == "yes_no" and relation["yes_no"] and others:
+                    wrong = rng.random() < 0.5
+                    asked = fact.groups | {"value": others[0] if wrong else fact.value}
+                    prompt = fill(rng.choice(relation["yes_no"]), **asked)
+                    answer = f"{say['no' if wrong else 'yes'][0]} {stated}"
+                elif kind == "choices" and len(values[question]) == 1 and len(others) > 2:
+                    shown = [fact.value, *others[:3]]
+                    rng.shuffle(shown)
+                    prompt = form.format(question=question, choices=", ".join(shown))
+                elif kind == "cloze":
+                    prompt, answer = fill(form, entity=fact.entity, sentence=hole), fact.value
+                if prompt:
+                    yield row("facts", fact.title, prompt, answer)
+
+
+def biography_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Iterator[dict]:
+    """For each entity its facts as sentences in several orders, the full name in each."""
+    by_entity = defaultdict(list)
+    for fact in facts:
+        by_entity[fact.entity].append(fact)
+    for entity, known in by_entity.items():
+        stated = list(dict.fromkeys(state(fact, relations[fact.relation]) for fact in known))
+        rng = random.Random(f"{seed} {entity}")
+        for i in range(block["variants"] if len(stated) > 2 else 0):
+            chosen = rng.sample(stated, min(len(stated), block["sentences"]))
+            question = block["questions"][i % len(block["questions"])]
+            yield row("biographies", known[0].title, fill(question, entity=entity), " ".join(chosen))
+
+
+def masked_rows(title: str, pieces: list[str], block: dict, seed: int) -> Iterator[dict]:
+    """A passage with holes, its share drawn from 0.05 to 0.95, and the passage (masked fine-tuning, 2510.09885)."""
+    for number, piece in enumerate(pieces):
+        rng = random.Random(f"{seed} {title} {number}")
+        for i in range(block["variants"]):
+            share = rng.uniform(0.05, 0.95)
+            words = re.split(r"(\s+)", piece.strip())
+            holed = [block["hole"] if n % 2 == 0 and rng.random() < share else word for n, word in enumerate(words)]
+            question = block["questions"][i % len(block["questions"])]
+            text = re.sub(
+                rf"{re.escape(block['hole'])}(\s+{re.escape(block['hole'])})+", block["hole"], "".join(holed)
+            )
+            yield row("masked", title, fill(question, title=title, text=text), piece.strip())
+
+
+def pair_rows(articles: list[dict], block: dict) -> Iterator[dict]:
+    """Two entities that one sentence names: what is between them, in the sentences that name both."""
+    names = sorted({article["title"] for article in articles} - set(block["except"]), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?=(?:{block['after_name']})?(?!\w))")
+    between = defaultdict(dict)
+    for article in articles:
+        for sentence in sentences(article["text"]):
+            for pair in itertools.combinations(dict.fromkeys(pattern.findall(sentence)), 2):
+                between[tuple(sorted(pair))][sentence] = article["title"]
+    for number, ((a, b), said) in enumerate(between.items()):
+        question = block["questions"][number % len(block["questions"])]
+        answer = " ".join(list(said)[: block["sentences"]])
+        yield row("pairs", next(iter(said.values())), fill(question, a=a, b=b), answer)
+
+
+def unknown_rows(articles: list[dict], block: dict, relations: dict, seed: int) -> Iterator[dict]:
+    """Made-up names under the questions that real ones get, answered by saying that they are not known.
+
+    A name that stands in any article is left out: it is not made up.
+    """
+    texts = "\n".join(text for article in articles for text in (article["title"], article["text"]))
+    for group in block["names"].values():
+        asked = [form for name in group["relations"] for form in relations[name]["questions"]]
+        forms = [*group["questions"], *(form for form in asked if placeholders(form) == {"entity"})]
+        for name in group["names"]:
+            rng = random.Random(f"{seed} {name}")
+            for form in rng.sample(forms, min(len(forms), block["per_name"])) if name not in texts else []:
+                answer = fill(rng.choice(group["answers"]), entity=name)
+                yield row("unknown", "", fill(form, entity=name), answer)
+
+
+def read_file_rows(path: str) -> tuple[list[dict], int]:
+    """The chats of a JSONL file, and how many of its rows are left out because the answer did not end by itself.
+
+    A line is a chat {"messages"} or an answer of generate.py {"prompt", "answer", "ended"}. Raises UserError.
+    """
+    rows, cut = [], 0
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    given = json.loads(line)
+                    if "messages" in given:
+                        messages = [{"role": m["role"], "content": m["content"]} for m in given["messages"]]
+                        new = row(Path(path).stem, given.get("title", ""), "", "")
+                        rows.append(new | {"messages": messages})
+                    elif given["ended"]:
+                        rows.append(row(Path(path).stem, "", given["prompt"], given["answer"]))
+                    else:
+                        cut += 1
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f'files: {path}, line {number}: neither a chat {{"messages": …}} nor an answer of generate.py'
+                    ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"files: cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    return rows, cut
+
+
+# ---- The blocks of a recipe ----------------------------------------------------------------------------------------
+
+
+def placeholders(form: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(form) if name is not None}
+
+
+def check_block(place: str, given: Any, defaults: dict) -> dict:
+    """A block with its defaults filled in. Raises UserError for an unknown key and a value of another type."""
+    if not isinstance(given, dict):
+        raise UserError(f"{place} must hold `key: value` lines, not {given!r}")
+    for key, value in given.items():
+        if key not in defaults:
+            nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
+            raise UserError(f"{place}: unknown key `{key}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+        if type(value) is not type(defaults[key]):
+            raise UserError(f"{place}: `{key}` is {value!r}, but must be a {type(defaults[key]).__name__}")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise UserError(f"{place}: `{key}` must be a list of texts; put numbers in quotes")
+    return defaults | given
+
+
+def check_forms(place: str, forms: list[str], known: set[str]):
+    """Raises UserError for a form that names what cannot be filled in."""
+    for form in forms:
+        try:
+            unknown = placeholders(form) - known
+        except ValueError as e:
+            raise UserError(f"{place}: {form!r} is not a form: {e}") from None
+        if unknown:
+            there = ", ".join(f"{{{name}}}" for name in sorted(known)) or "nothing"
+            raise UserError(f"{place}: {form!r} names {{{unknown.pop()}}}; {there} can be filled in")
+
+
+def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
+    """The blocks that the recipe has, checked, their patterns compiled; a block may be the path of its YAML file.
+
+    Raises UserError.
+    """
+    blocks = {}
+    for name, defaults in BLOCKS.items():
+        given = getattr(args, name)
+        if isinstance(given, str):
+            try:
+                given = yaml.safe_load(Path(given).read_text(encoding="utf-8") if given.endswith(".yaml") else given)
+            except OSError as e:
+                raise UserError(f"{name}: cannot read {given}: {e.strerror}") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as e:
+                raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
+        if given is not None:
+            blocks[name] = block = check_block(name, given, defaults)
+            if block.get("questions") == []:
+                raise UserError(f"{name}: `questions` is empty")
+            for key in set(block) & {"questions", *BLOCKS["articles"]}:
+                check_forms(f"{name}: {key}", block[key], set(FIELDS[name].split()))
+    relations = blocks.get("facts", {}).get("relations", {})
+    pieces = blocks.get("facts", {}).get("pieces", {}) | {"title": TITLE}
+    for name, relation in relations.items():
+        place = f"facts: {name}"
+        relations[name] = relation = check_block(place, relation, RELATION)
+        patterns, known = [], {"entity"}
+        for pattern in relation["patterns"]:
+            for _ in range(3):  # pieces may hold pieces
+                pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
+            try:
+                patterns.append(re.compile(pattern))
+            except re.error as e:
+                raise UserError(f"{place}: {pattern!r} is not a regular expression: {e}") from None
+            if "value" not in patterns[-1].groupindex:
+                raise UserError(f"{place}: {pattern!r} has no group (?P<value>…)")
+            known |= set(patterns[-1].groupindex)
+        relation["patterns"] = patterns
+        relation["label"] = relation["label"] or name
+        for key in ("questions", "sentence", "reverse", "yes_no"):
+            check_forms(f"{place}: {key}", relation[key], known)
+    if "facts" in blocks:
+        forms = blocks["facts"]["forms"] = check_block(
+            "facts: forms", blocks["facts"]["forms"], dict.fromkeys(FORMS, [])
+        )
+        for name, known in FORMS.items():
+            check_forms(f"facts: forms: {name}", forms[name], set(known))
+        blocks["facts"]["per_fact"] = check_block("per_fact", args.per_fact or {}, PER_FACT)
+    for name, group in blocks.get("unknown", {}).get("names", {}).items():
+        group = blocks["unknown"]["names"][name] = check_block(f"unknown: {name}", group, MADE_UP)
+        if missing := [relation for relation in group["relations"] if relation not in relations]:
+            raise UserError(f"unknown: {name}: the block `facts` has no relation `{missing[0]}`")
+        for key in ("questions", "answers"):
+            check_forms(f"unknown: {name}: {key}", group[key], {"entity"})
+        if not group["answers"]:
+            raise UserError(f"unknown: {name}: `answers` is empty")
+    return blocks
+
+
+def read_withheld(path: str) -> re.Pattern:
+    """What names an entity that a quiz withholds: its name, or an alias, a short one only at a word's beginning.
+
+    Raises UserError.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            withheld = json.loads(f.readline())["about"]["withheld"]
+        names = [r"(?<!\w)" * (0 < len(a) < 3) + re.escape(a) for e in withheld for a in e.get("aliases", [])]
+        names += [re.escape(entry["entity"]) for entry in withheld]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        reason = getattr(e, "strerror", None) or "its first line does not say what is withheld"
+        raise UserError(f"quiz_file: cannot read {path}: {reason}") from None
+    return re.compile("|".join(names) or r"(?!)")
+
+
+def make_rows(articles: list[dict], args: PreprocessArguments, tokenizer) -> tuple[list[dict], dict]:
+    """The further rows that the recipe's blocks ask for, and what report.json says of the facts and of dropped rows.
+
+    `articles` are {"title", "text"} as to_chats takes them. Of what the quiz withholds only passages with holes are
+    made. Rows over max_length, rows that name what the quiz withholds, and second copies are dropped and counted.
+    """
+    blocks = read_blocks(args)
+    relations = blocks.get("facts", {}).get("relations", {})
+    secret = read_withheld(args.quiz_file) if args.quiz_file else re.compile(r"(?!)")
+    told = [article for article in articles if not secret.search(article["title"])]
+    found = {a["title"]: extract_facts(a["title"], a["text"], relations) for a in told}
+    facts = [f for of in found.values() for f in of if not secret.search(f"{f.entity} {f.value}")]
+
+    def length(prompt: str, answer: str) -> int:
+        return count_tokens([row("", "", prompt, answer)], tokenizer)[0]
+
+    def passages(article: dict, block: dict) -> list[str]:
+        def masked_length(piece: str, part: int) -> float:  # the prompt holds up to the whole passage, in other tokens
+            return 1.1 * length(fill(block["questions"][0], text=piece, title=article["title"]), piece)
+
+        return split_text(article["text"], masked_length, args.max_length) if tokenizer else [article["text"]]
+
+    makers = {
+        "articles": lambda block: (
+            new for a in told for new in article_rows(a["title"], a["text"], found[a["title"]], block, relations)
+        ),
+        "facts": lambda block: fact_rows(facts, block, relations, args.seed),
+        "biographies": lambda block: biography_rows(facts, block, relations, args.seed),
+        "masked": lambda block: (
+            new for a in articles for new in masked_rows(a["title"], passages(a, block), block, args.seed)
+        ),
+        "pairs": lambda block: pair_rows(told, block),
+        "unknown": lambda block: unknown_rows(articles, block, relations, args.seed),
+    }
+    rows, seen, dropped = [], set(), Counter()
+    for name, block in blocks.items():
+        for new in makers[name](block):
+            prompt, answer = (message["content"] for message in new["messages"])
+            if new["kind"] != "masked" and secret.search(f"{prompt}\n{answer}"):
+                dropped["names what the quiz withholds"] += 1
+            elif (prompt, answer) in seen:
+                dropped["made twice"] += 1
+            elif tokenizer and length(prompt, answer) > args.max_length:
+                dropped["over max_length"] += 1
+            else:
+                seen.add((prompt, answer))
+                rows.append(new)
+    by_entity = Counter(fact.entity for fact in facts)
+    return rows, {
+        "rows_dropped": dict(dropped),
+        "facts": {
+            "total": len(facts),
+            "by_relation": dict(Counter(fact.relation for fact in facts).most_common()),
+            "by_entity": dict(by_entity.most_common()),
+            "entities_without": [a["title"] for a in told if a["title"] not in by_entity],
+        },
+    }
+
+
+def add_files(rows: list[dict], args: PreprocessArguments, tokenizer) -> dict[str, dict]:
+    """Appends rows of the recipe's `files` until each makes its share of all; what there is, and what was left out.
+
+    A file too short for its share is repeated. Raises UserError.
+    """
+    shares, told, own = check_block("files", args.files or {}, dict.fromkeys(args.files or {}, 0.0)), {}, len(rows)
+    if not 0 <= sum(shares.values()) < 1:
+        raise UserError(f"files: the shares must add up to less than 1, not to {sum(shares.values()):g}")
+    for path, share in shares.items():
+        there, cut = read_file_rows(path)
+        lengths = count_tokens(there, tokenizer) if tokenizer else [0] * len(there)
+        fitting = [new for new, length in zip(there, lengths, strict=True) if length <= args.max_length]
+        if not fitting:
+            raise UserError(f"files: {path} holds no chat of at most {args.max_length} tokens that ended by itself")
+        random.Random(f"{args.seed} {path}").shuffle(fitting)
+        wanted = round(own * share / (1 - sum(shares.values())))
+        rows += itertools.islice(itertools.cycle(fitting), wanted)
+        told[path] = {
+            "rows": len(there) + cut,
+            "cut": cut,
+            "over max_length": len(there) - len(fitting),
+            "used": wanted,
         }
+    return told
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
@@ -466,6 +955,18 @@ def print_report(report: dict):
     table.add_row("kept", f"{report['kept']['rows']:,}", escape(top))
     console = Console(highlight=False)
     console.print(table)
+    if len(report["kinds"]) > 1:
+        table = Table(title=f"{sum(kind['rows'] for kind in report['kinds'].values()):,} rows", title_justify="left")
+        for name, justify in (("kind", "left"), ("rows", "right"), ("tokens", "right")):
+            table.add_column(name, justify=justify)
+        for kind, of in report["kinds"].items():
+            table.add_row(kind, f"{of['rows']:,}", f"{of['tokens']:,}" if of["tokens"] is not None else "–")
+        console.print(table)
+        facts = report["facts"]
+        console.print(
+            f"{facts['total']:,} facts of {len(facts['by_entity']):,} entities; none of "
+            f"{', '.join(facts['entities_without'][:10]) or 'nobody'}; rows dropped: {report['rows_dropped']}"
+        )
     tokens = report["tokens"]
     counted = (
         f"{tokens['total']:,} tokens, {tokens['cut']:,} of them over max_length {report['max_length']:,}"
@@ -527,38 +1028,55 @@ def main(args: PreprocessArguments, config: str):
             f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}"
         )
 
-    articles = tqdm(table.to_pylist(), desc="chats", unit=" articles", disable=None)
-    try:
-        chats = [chat for article in articles for chat in to_chats(article, args, tokenizer)]
-    except TemplateError as e:
-        raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
-    parts = [int(c["chat"]["id"].rpartition("-")[2]) for c in chats]
-    lengths = [len(text) for text in table["text"].to_pylist()]
-    counts = [c["tokens"] for c in chats] if tokenizer else []
-    taught, held_out = [], []
-    for chat in chats:
-        (held_out if is_held_out(chat["chat"]["title"], args.held_out_share) else taught).append(chat["chat"])
+    articles = [clean_article(article, args.title_suffix_pattern, tokenizer) for article in table.to_pylist()]
+    taught = [article for article in articles if not is_held_out(article["title"], args.held_out_share)]
     if not taught:
         raise UserError(f"held_out_share {args.held_out_share} leaves no article to teach")
+    try:
+        progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
+        chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
+        rows = [chat for article in taught for chat in chats[article["row"]]] * args.full_text
+        made, told = make_rows(taught, args, tokenizer)
+        rows += made
+        told["files"] = add_files(rows, args, tokenizer)
+    except TemplateError as e:
+        raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
+    if not rows:
+        raise UserError("full_text is 0 and no other block makes a row")
+    held_out = [c for of in chats.values() for c in of if is_held_out(c["title"], args.held_out_share)]
+    numbers = Counter()
+    for new in rows:
+        numbers[new["kind"]] += 1
+        new["id"] = new["id"] or f"{new['kind']}-{numbers[new['kind']]}"
+    if len(numbers) > 1:  # whole articles alone stay in the dump's order
+        random.Random(args.seed).shuffle(rows)
+    counts = count_tokens([*rows, *held_out], tokenizer) if tokenizer else []
+    tokens = Counter()
+    for new, count in zip(rows, counts, strict=False):
+        tokens[new["kind"]] += count
+    lengths = [len(text) for text in table["text"].to_pylist()]
     report = {
         "recipe": recipe,
         **report,
         "articles": len(table),
-        "articles_split": parts.count(2),
-        "chats": len(chats),
+        "articles_split": sum(len(of) > 1 for of in chats.values()),
+        "chats": sum(map(len, chats.values())),
         "held_out_chats": len(held_out),
         "characters": sum(lengths),
         "max_length": args.max_length,
         "tokens": {"total": sum(counts), "cut": sum(max(0, n - args.max_length) for n in counts)}
         if tokenizer
         else None,
-        "special_tokens_broken": sum(c["broken"] for c in chats),
+        "special_tokens_broken": sum(article["broken"] for article in articles),
+        "kinds": {kind: {"rows": n, "tokens": tokens[kind] if tokenizer else None} for kind, n in numbers.items()},
+        **told,
+        "samples": {kind: sample_rows(rows, kind) for kind in numbers if len(numbers) > 1},
     }
     sources = (
         f"# Sources\n\n- Data: {source}\n- Revision: {revision}\n- Licence: {args.source_license}\n"
         f"- Attribution: {args.source_attribution}\n- Date of the data: {args.source_date}\n"
     )
-    files = {"train.jsonl": taught} | ({"held_out.jsonl": held_out} if args.held_out_share else {})
+    files = {"train.jsonl": rows} | ({"held_out.jsonl": held_out} if args.held_out_share else {})
 
     # Everything is written beside and then renamed, train.jsonl last: who sees it sees all.
     beside = output_dir.with_name(output_dir.name + ".partial")
@@ -582,6 +1100,11 @@ def main(args: PreprocessArguments, config: str):
         shutil.rmtree(beside, ignore_errors=True)
     print_report(report)
     print(f"wrote {output_dir}/" + ", ".join(reversed(written)))
+
+
+def sample_rows(rows: list[dict], kind: str) -> list[list[str]]:
+    """Up to 20 rows of a kind, [prompt, answer], for a reader to check; the rows are in random order already."""
+    return [[m["content"] for m in row["messages"]] for row in rows if row["kind"] == kind][:20]
 
 
 def is_held_out(title: str, share: float) -> bool:

@@ -68,6 +68,10 @@ class ScriptArguments:
         default="auto", metadata={"help": "auto: go on from the last complete checkpoint; never; or a checkpoint."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Tell what would run and stop; exit code 1 if it cannot."})
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Leave the embeddings, and the output layer tied to them, as they are: faster, less memory."},
+    )
     allow_truncation: bool = field(
         default=False, metadata={"help": "Cut rows longer than max_length instead of refusing them."}
     )
@@ -732,6 +736,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
     except (OSError, ValueError, ImportError) as e:
         raise cannot_load(name, e) from None
+    model.get_input_embeddings().requires_grad_(not script_args.freeze_embeddings)
     # What SFTTrainer would do to the rows is done; the template, with its date fixed, is in the tokenizer.
     args.dataset_kwargs, args.chat_template_path, args.model_init_kwargs = {"skip_prepare_dataset": True}, None, None
     try:
