@@ -23,7 +23,7 @@ import string
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -67,7 +67,7 @@ BLOCKS = {
     "biographies": {"questions": [], "variants": 3, "sentences": 6},
     "masked": {"questions": [], "variants": 1, "hole": "___"},
     "pairs": {"questions": [], "after_name": "", "except": [], "sentences": 2},
-    "unknown": {"per_name": 2, "names": {}},
+    "unknown": {"share": 0.05, "names": {}},
 }
 FIELDS = {"articles": "title", "biographies": "entity", "masked": "title text", "pairs": "a b", "unknown": "entity"}
 RELATION = {"label": "", "patterns": [], "questions": [], "sentence": [], "reverse": [], "yes_no": []}
@@ -454,14 +454,26 @@ def split_text(text: str, count_tokens: Callable[[str, int], int], max_length: i
     return pieces
 
 
-def row(kind: str, title: str, prompt: str, answer: str, id: str = "") -> dict:
+class Fact(NamedTuple):
+    """What a pattern read in a sentence: `groups` are all the pattern's named groups, value and entity too."""
+
+    title: str  # of the article
+    entity: str
+    relation: str
+    value: str
+    sentence: str
+    groups: dict[str, str]
+
+
+def row(kind: str, title: str, prompt: str, answer: str, id: str = "", facts: Iterable[Fact] = ()) -> dict:
+    """A line of train.jsonl; the facts that it tells are counted and left out."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "title": title, "id": id, "kind": kind}
+    return {"messages": messages, "title": title, "id": id, "kind": kind, "facts": list(facts)}
 
 
-def count_tokens(rows: list[dict], tokenizer) -> list[int]:
-    """The tokens of each row's chat, the template's own included."""
-    return [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
+def count_tokens(messages: list[dict], tokenizer) -> int:
+    """The tokens of a chat, the template's own included; 0 without a tokenizer."""
+    return len(tokenizer.apply_chat_template(messages, return_dict=False)) if tokenizer else 0
 
 
 def clean_article(article: dict, title_suffix_pattern: str | None, tokenizer) -> dict:
@@ -481,7 +493,7 @@ def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[di
         return row("article", title, question, piece, id=f"article-{article['row']}-{part}")
 
     def length(piece: str, part: int) -> int:  # while splitting, room for three digits of parts
-        return count_tokens([chat(piece, part, 999)], tokenizer)[0]
+        return count_tokens(chat(piece, part, 999)["messages"], tokenizer)
 
     pieces = split_text(text, length, args.max_length) if tokenizer and args.split_articles else [text]
     for part, piece in enumerate(pieces, 1):
@@ -490,17 +502,6 @@ def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[di
 
 # ---- Rows made from the articles -----------------------------------------------------------------------------------
 # Each kind is a function over articles or facts that yields rows; what it says and asks stands in the recipe.
-
-
-class Fact(NamedTuple):
-    """What a pattern read in a sentence: `groups` are all the pattern's named groups, value and entity too."""
-
-    title: str  # of the article
-    entity: str
-    relation: str
-    value: str
-    sentence: str
-    groups: dict[str, str]
 
 
 def agree(text: str) -> str:
@@ -568,72 +569,68 @@ def state(fact: Fact, relation: dict) -> str:
     return next(iter(ask(fact, relation["sentence"])), fact.sentence)
 
 
-def article_rows(title: str, text: str, facts: list[Fact], block: dict, relations: dict) -> Iterator[dict]:
+def article_rows(articles: list[dict], facts: dict[str, list[Fact]], block: dict, relations: dict) -> Iterator[dict]:
     """Answers as long as asked for: the first sentences, one, the first paragraph, a list of the facts."""
-    said = sentences(text)
-    labelled = {relations[f.relation]["label"]: f.value for f in reversed(facts) if f.entity == title}
-    answers = {
-        "definition": " ".join(said[:2]),
-        "one_sentence": said[0],
-        "detail": text.strip().split("\n")[0],
-        "list": "\n".join(f"- {label}: {value}" for label, value in reversed(labelled.items()))
-        if len(labelled) > 2
-        else "",
-    }
-    for name, forms in block.items():
-        for form in forms if answers[name] else []:
-            yield row("summary", title, fill(form, title=title), answers[name])
+    for title, text in ((article["title"], article["text"]) for article in articles):
+        said = sentences(text)
+        own = {relations[fact.relation]["label"]: fact.value for fact in facts[title] if fact.entity == title}
+        answers = {
+            "definition": " ".join(said[:2]),
+            "one_sentence": said[0],
+            "detail": text.strip().split("\n")[0],
+            "list": "\n".join(f"- {label}: {value}" for label, value in own.items()) if len(own) > 2 else "",
+        }
+        for name, forms in block.items():
+            for form in forms if answers[name] else []:
+                yield row("summary", title, fill(form, title=title), answers[name])
 
 
 def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Iterator[dict]:
     """Each fact under the same number of rows: `per_fact` says how many of which kind.
 
-    Facts that answer the same question are answered together; where the question is backwards, or asks for a choice,
-    it is left out if more than one answer is right.
+    Facts that answer the same question are answered together; a question that is to have one answer (backwards, or a
+    choice) is left out where several are right. For each that cannot be asked the fact gets one more short question.
     """
     values, entities, pools = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for fact in facts:
-        relation = relations[fact.relation]
-        for question in ask(fact, relation["questions"]):
-            values[question][fact.value] = None
-        for question in ask(fact, relation["reverse"]):
-            entities[question][fact.entity] = None
         pools[fact.relation][fact.value] = None
-    say = block["forms"]
+        for question in ask(fact, relations[fact.relation]["questions"]):
+            values[question][fact.value] = None
+        for question in ask(fact, relations[fact.relation]["reverse"]):
+            entities[question][fact.entity] = None
+    forms, per_fact = block["forms"], block["per_fact"]
     for fact in facts:
         relation, rng = relations[fact.relation], random.Random(f"{seed} {fact.entity} {fact.relation} {fact.value}")
         questions = ask(fact, relation["questions"])
-        if not questions:
-            continue
-        rng.shuffle(questions)
         right = {value for question in questions for value in values[question]}
         others = [value for value in pools[fact.relation] if value not in right and value not in fact.sentence]
-        rng.shuffle(others)
-        stated, hole = state(fact, relation), fact.sentence.replace(fact.value, "___")
-        for kind, count in block["per_fact"].items():
-            for i in range(count):
-                question, form = questions[i % len(questions)], rng.choice(say.get(kind) or [""])
-                answer, prompt = ", ".join(values[question]), None
-                if kind == "short":
-                    prompt = question if i < len(questions) else None
-                elif kind == "sentence":
-                    prompt, answer = form.format(question=question), stated
-                elif kind == "reverse":
-                    backwards = [q for q in ask(fact, relation["reverse"]) if len(entities[q]) == 1]
-                    prompt, answer = backwards[i] if i < len(backwards) else None, fact.entity
-                elif kind == "yes_no" and relation["yes_no"] and others:
-                    wrong = rng.random() < 0.5
-                    asked = fact.groups | {"value": others[0] if wrong else fact.value}
-                    prompt = fill(rng.choice(relation["yes_no"]), **asked)
-                    answer = f"{say['no' if wrong else 'yes'][0]} {stated}"
-                elif kind == "choices" and len(values[question]) == 1 and len(others) > 2:
-                    shown = [fact.value, *others[:3]]
-                    rng.shuffle(shown)
-                    prompt = form.format(question=question, choices=", ".join(shown))
-                elif kind == "cloze":
-                    prompt, answer = fill(form, entity=fact.entity, sentence=hole), fact.value
-                if prompt:
-                    yield row("facts", fact.title, prompt, answer)
+        for many in (questions, others):
+            rng.shuffle(many)
+        stated = state(fact, relation)
+        backwards = [question for question in ask(fact, relation["reverse"]) if len(entities[question]) == 1]
+
+        short = [(question, ", ".join(values[question])) for question in questions]
+        single = [question for question, answer in short if answer == fact.value]
+        hole, shown = fact.sentence.replace(fact.value, "___"), [fact.value, *others[:3]]
+        ways = {
+            "sentence": [(rng.choice(forms["sentence"]).format(question=q), stated) for q in questions],
+            "reverse": [(question, fact.entity) for question in backwards],
+            "yes_no": [
+                (fill(rng.choice(relation["yes_no"]), **fact.groups | {"value": value}), f"{word} {stated}")
+                for value, word in zip(shown[:2], forms["yes"][:1] + forms["no"][:1], strict=False)
+                if relation["yes_no"] and others
+            ],
+            "choices": [
+                (fill(rng.choice(forms["choices"]), question=q, choices=", ".join(rng.sample(shown, 4))), fact.value)
+                for q in single if len(shown) == 4
+            ],
+            "cloze": [(fill(form, entity=fact.entity, sentence=hole), fact.value) for form in forms["cloze"]],
+        }  # fmt: skip
+        rng.shuffle(ways["yes_no"])
+        chosen = [pair for way, pairs in ways.items() for pair in pairs[: per_fact[way]]]
+        chosen += short[: sum(per_fact.values()) - len(chosen)]
+        for question, answer in chosen:
+            yield row("facts", fact.title, question, answer, facts=[fact])
 
 
 def biography_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Iterator[dict]:
@@ -642,27 +639,29 @@ def biography_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -
     for fact in facts:
         by_entity[fact.entity].append(fact)
     for entity, known in by_entity.items():
-        stated = list(dict.fromkeys(state(fact, relations[fact.relation]) for fact in known))
+        stated = {state(fact, relations[fact.relation]): fact for fact in known}
         rng = random.Random(f"{seed} {entity}")
         for i in range(block["variants"] if len(stated) > 2 else 0):
-            chosen = rng.sample(stated, min(len(stated), block["sentences"]))
+            chosen = rng.sample(list(stated), min(len(stated), block["sentences"]))
             question = block["questions"][i % len(block["questions"])]
-            yield row("biographies", known[0].title, fill(question, entity=entity), " ".join(chosen))
+            told = [stated[sentence] for sentence in chosen]
+            yield row("biographies", known[0].title, fill(question, entity=entity), " ".join(chosen), facts=told)
 
 
-def masked_rows(title: str, pieces: list[str], block: dict, seed: int) -> Iterator[dict]:
-    """A passage with holes, its share drawn from 0.05 to 0.95, and the passage (masked fine-tuning, 2510.09885)."""
-    for number, piece in enumerate(pieces):
+def masked_rows(passages: list[tuple[str, list[str]]], block: dict, seed: int) -> Iterator[dict]:
+    """Passages with holes, their share drawn from 0.05 to 0.95, and the passage (masked fine-tuning, 2510.09885).
+
+    `passages` are those of each title.
+    """
+    hole = re.escape(block["hole"])
+    for title, number, piece in ((title, n, piece.strip()) for title, of in passages for n, piece in enumerate(of)):
         rng = random.Random(f"{seed} {title} {number}")
         for i in range(block["variants"]):
-            share = rng.uniform(0.05, 0.95)
-            words = re.split(r"(\s+)", piece.strip())
-            holed = [block["hole"] if n % 2 == 0 and rng.random() < share else word for n, word in enumerate(words)]
+            share, words = rng.uniform(0.05, 0.95), re.split(r"(\s+)", piece)
+            words[::2] = [block["hole"] if rng.random() < share else word for word in words[::2]]
+            text = re.sub(rf"{hole}(\s+{hole})+", block["hole"], "".join(words))
             question = block["questions"][i % len(block["questions"])]
-            text = re.sub(
-                rf"{re.escape(block['hole'])}(\s+{re.escape(block['hole'])})+", block["hole"], "".join(holed)
-            )
-            yield row("masked", title, fill(question, title=title, text=text), piece.strip())
+            yield row("masked", title, fill(question, title=title, text=text), piece)
 
 
 def pair_rows(articles: list[dict], block: dict) -> Iterator[dict]:
@@ -680,26 +679,30 @@ def pair_rows(articles: list[dict], block: dict) -> Iterator[dict]:
         yield row("pairs", next(iter(said.values())), fill(question, a=a, b=b), answer)
 
 
-def unknown_rows(articles: list[dict], block: dict, relations: dict, seed: int) -> Iterator[dict]:
-    """Made-up names under the questions that real ones get, answered by saying that they are not known.
+def unknown_rows(articles: list[dict], block: dict, relations: dict, seed: int, wanted: int) -> Iterator[dict]:
+    """`wanted` questions on made-up names, asked as real ones are, answered by saying that they are not known.
 
     A name that stands in any article is left out: it is not made up.
     """
     texts = "\n".join(text for article in articles for text in (article["title"], article["text"]))
+    asked = []
     for group in block["names"].values():
-        asked = [form for name in group["relations"] for form in relations[name]["questions"]]
-        forms = [*group["questions"], *(form for form in asked if placeholders(form) == {"entity"})]
+        lent = [form for name in group["relations"] for form in relations[name]["questions"]]
+        forms = group["questions"] + [form for form in lent if placeholders(form) == {"entity"}]
         for name in group["names"]:
             rng = random.Random(f"{seed} {name}")
-            for form in rng.sample(forms, min(len(forms), block["per_name"])) if name not in texts else []:
+            for turn, form in enumerate(rng.sample(forms, len(forms)) if name not in texts else []):
                 answer = fill(rng.choice(group["answers"]), entity=name)
-                yield row("unknown", "", fill(form, entity=name), answer)
+                asked.append((turn, rng.random(), fill(form, entity=name), answer))
+    for _, _, question, answer in sorted(asked)[:wanted]:  # each name once before any comes twice
+        yield row("unknown", "", question, answer)
 
 
 def read_file_rows(path: str) -> tuple[list[dict], int]:
-    """The chats of a JSONL file, and how many of its rows are left out because the answer did not end by itself.
+    """The chats of a JSONL file, and how many of its rows are left out.
 
-    A line is a chat {"messages"} or an answer of generate.py {"prompt", "answer", "ended"}. Raises UserError.
+    A line is a chat {"messages"} or an answer of generate.py {"prompt", "answer", "ended"}. Of an answer that did not
+    end by itself the whole sentences count, up to the first that comes again; without any it is left out. UserError.
     """
     rows, cut = [], 0
     try:
@@ -709,10 +712,14 @@ def read_file_rows(path: str) -> tuple[list[dict], int]:
                     given = json.loads(line)
                     if "messages" in given:
                         messages = [{"role": m["role"], "content": m["content"]} for m in given["messages"]]
-                        new = row(Path(path).stem, given.get("title", ""), "", "")
+                        new = row(f"file-{Path(path).stem}", given.get("title", ""), "", "")
                         rows.append(new | {"messages": messages})
-                    elif given["ended"]:
-                        rows.append(row(Path(path).stem, "", given["prompt"], given["answer"]))
+                        continue
+                    said = sentences(given["answer"])[: None if given["ended"] else -1]
+                    new = [sentence for n, sentence in enumerate(said) if len(set(said[: n + 1])) == n + 1]
+                    answer = given["answer"].strip() if given["ended"] else " ".join(new)
+                    if answer:
+                        rows.append(row(f"file-{Path(path).stem}", "", given["prompt"], answer))
                     else:
                         cut += 1
                 except (ValueError, KeyError, TypeError):
@@ -805,7 +812,11 @@ def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
         )
         for name, known in FORMS.items():
             check_forms(f"facts: forms: {name}", forms[name], set(known))
-        blocks["facts"]["per_fact"] = check_block("per_fact", args.per_fact or {}, PER_FACT)
+        blocks["facts"]["per_fact"] = per_fact = check_block("per_fact", args.per_fact or {}, PER_FACT)
+        needed = {"sentence": per_fact["sentence"], "choices": per_fact["choices"], "cloze": per_fact["cloze"]}
+        needed |= {"yes": per_fact["yes_no"], "no": per_fact["yes_no"]}
+        if missing := [name for name, count in needed.items() if count and not forms[name]]:
+            raise UserError(f"facts: forms: `{missing[0]}` is empty, but per_fact asks for such rows")
     for name, group in blocks.get("unknown", {}).get("names", {}).items():
         group = blocks["unknown"]["names"][name] = check_block(f"unknown: {name}", group, MADE_UP)
         if missing := [relation for relation in group["relations"] if relation not in relations]:
@@ -833,11 +844,14 @@ def read_withheld(path: str) -> re.Pattern:
     return re.compile("|".join(names) or r"(?!)")
 
 
-def make_rows(articles: list[dict], args: PreprocessArguments, tokenizer) -> tuple[list[dict], dict]:
-    """The further rows that the recipe's blocks ask for, and what report.json says of the facts and of dropped rows.
+def make_rows(
+    articles: list[dict], chats: list[dict], args: PreprocessArguments, tokenizer
+) -> tuple[list[dict], dict]:
+    """The chats and the further rows that the recipe's blocks ask for, and what report.json says of them.
 
-    `articles` are {"title", "text"} as to_chats takes them. Of what the quiz withholds only passages with holes are
-    made. Rows over max_length, rows that name what the quiz withholds, and second copies are dropped and counted.
+    `articles` are {"title", "text"} as to_chats takes them, `chats` hold their whole text. Of what the quiz withholds
+    only passages with holes are made. Rows over max_length, rows that name what the quiz withholds, and second copies
+    are dropped and counted. Raises UserError.
     """
     blocks = read_blocks(args)
     relations = blocks.get("facts", {}).get("relations", {})
@@ -845,44 +859,56 @@ def make_rows(articles: list[dict], args: PreprocessArguments, tokenizer) -> tup
     told = [article for article in articles if not secret.search(article["title"])]
     found = {a["title"]: extract_facts(a["title"], a["text"], relations) for a in told}
     facts = [f for of in found.values() for f in of if not secret.search(f"{f.entity} {f.value}")]
-
-    def length(prompt: str, answer: str) -> int:
-        return count_tokens([row("", "", prompt, answer)], tokenizer)[0]
+    rows, dropped, files = list(chats), Counter(), {}
 
     def passages(article: dict, block: dict) -> list[str]:
         def masked_length(piece: str, part: int) -> float:  # the prompt holds up to the whole passage, in other tokens
-            return 1.1 * length(fill(block["questions"][0], text=piece, title=article["title"]), piece)
+            question = fill(block["questions"][0], text=piece, title=article["title"])
+            return 1.1 * count_tokens(row("", "", question, piece)["messages"], tokenizer)
 
         return split_text(article["text"], masked_length, args.max_length) if tokenizer else [article["text"]]
 
-    makers = {
-        "articles": lambda block: (
-            new for a in told for new in article_rows(a["title"], a["text"], found[a["title"]], block, relations)
-        ),
-        "facts": lambda block: fact_rows(facts, block, relations, args.seed),
-        "biographies": lambda block: biography_rows(facts, block, relations, args.seed),
-        "masked": lambda block: (
-            new for a in articles for new in masked_rows(a["title"], passages(a, block), block, args.seed)
-        ),
-        "pairs": lambda block: pair_rows(told, block),
-        "unknown": lambda block: unknown_rows(articles, block, relations, args.seed),
-    }
-    rows, seen, dropped = [], set(), Counter()
-    for name, block in blocks.items():
-        for new in makers[name](block):
-            prompt, answer = (message["content"] for message in new["messages"])
-            if new["kind"] != "masked" and secret.search(f"{prompt}\n{answer}"):
+    def share_of(share: float) -> int:
+        return round(len(rows) * share / (1 - share))
+
+    def sift(made: Iterable[dict]) -> list[dict]:
+        kept = {}
+        for new in made:
+            said = tuple(message["content"] for message in new["messages"])
+            if new["kind"] != "masked" and secret.search("\n".join(said)):
                 dropped["names what the quiz withholds"] += 1
-            elif (prompt, answer) in seen:
+            elif said in kept:
                 dropped["made twice"] += 1
-            elif tokenizer and length(prompt, answer) > args.max_length:
+            elif count_tokens(new["messages"], tokenizer) > args.max_length:
                 dropped["over max_length"] += 1
             else:
-                seen.add((prompt, answer))
-                rows.append(new)
+                kept[said] = new
+        return list(kept.values())
+
+    makers = {
+        "articles": lambda block: article_rows(told, found, block, relations),
+        "facts": lambda block: fact_rows(facts, block, relations, args.seed),
+        "biographies": lambda block: biography_rows(facts, block, relations, args.seed),
+        "masked": lambda block: masked_rows([(a["title"], passages(a, block)) for a in articles], block, args.seed),
+        "pairs": lambda block: pair_rows(told, block),
+        "unknown": lambda block: unknown_rows(articles, block, relations, args.seed, share_of(block["share"])),
+    }
+    for name, block in blocks.items():
+        rows += sift(makers[name](block))
+    for path, share in check_block("files", args.files or {}, dict.fromkeys(args.files or {}, 0.0)).items():
+        there, cut = read_file_rows(path)
+        fitting = sift(there)
+        if not (fitting and 0 <= share < 1):
+            raise UserError(
+                f"files: {path} holds no row that can be used, or its share {share} is not from 0 to below 1"
+            )
+        random.Random(f"{args.seed} {path}").shuffle(fitting)
+        files[path] = {"rows": len(there) + cut, "without a whole sentence": cut, "used": share_of(share)}
+        rows += map(dict, itertools.islice(itertools.cycle(fitting), share_of(share)))  # one too short is repeated
     by_entity = Counter(fact.entity for fact in facts)
     return rows, {
         "rows_dropped": dict(dropped),
+        "files": files,
         "facts": {
             "total": len(facts),
             "by_relation": dict(Counter(fact.relation for fact in facts).most_common()),
@@ -890,32 +916,6 @@ def make_rows(articles: list[dict], args: PreprocessArguments, tokenizer) -> tup
             "entities_without": [a["title"] for a in told if a["title"] not in by_entity],
         },
     }
-
-
-def add_files(rows: list[dict], args: PreprocessArguments, tokenizer) -> dict[str, dict]:
-    """Appends rows of the recipe's `files` until each makes its share of all; what there is, and what was left out.
-
-    A file too short for its share is repeated. Raises UserError.
-    """
-    shares, told, own = check_block("files", args.files or {}, dict.fromkeys(args.files or {}, 0.0)), {}, len(rows)
-    if not 0 <= sum(shares.values()) < 1:
-        raise UserError(f"files: the shares must add up to less than 1, not to {sum(shares.values()):g}")
-    for path, share in shares.items():
-        there, cut = read_file_rows(path)
-        lengths = count_tokens(there, tokenizer) if tokenizer else [0] * len(there)
-        fitting = [new for new, length in zip(there, lengths, strict=True) if length <= args.max_length]
-        if not fitting:
-            raise UserError(f"files: {path} holds no chat of at most {args.max_length} tokens that ended by itself")
-        random.Random(f"{args.seed} {path}").shuffle(fitting)
-        wanted = round(own * share / (1 - sum(shares.values())))
-        rows += itertools.islice(itertools.cycle(fitting), wanted)
-        told[path] = {
-            "rows": len(there) + cut,
-            "cut": cut,
-            "over max_length": len(there) - len(fitting),
-            "used": wanted,
-        }
-    return told
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
@@ -957,10 +957,10 @@ def print_report(report: dict):
     console.print(table)
     if len(report["kinds"]) > 1:
         table = Table(title=f"{sum(kind['rows'] for kind in report['kinds'].values()):,} rows", title_justify="left")
-        for name, justify in (("kind", "left"), ("rows", "right"), ("tokens", "right")):
+        for name, justify in (("kind", "left"), ("rows", "right"), ("tokens", "right"), ("facts", "right")):
             table.add_column(name, justify=justify)
         for kind, of in report["kinds"].items():
-            table.add_row(kind, f"{of['rows']:,}", f"{of['tokens']:,}" if of["tokens"] is not None else "–")
+            table.add_row(kind, *("–" if n is None else f"{n:,}" for n in of.values()))
         console.print(table)
         facts = report["facts"]
         console.print(
@@ -1036,21 +1036,21 @@ def main(args: PreprocessArguments, config: str):
         progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
         chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
         rows = [chat for article in taught for chat in chats[article["row"]]] * args.full_text
-        made, told = make_rows(taught, args, tokenizer)
-        rows += made
-        told["files"] = add_files(rows, args, tokenizer)
+        rows, told = make_rows(taught, rows, args, tokenizer)
     except TemplateError as e:
         raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
     if not rows:
         raise UserError("full_text is 0 and no other block makes a row")
     held_out = [c for of in chats.values() for c in of if is_held_out(c["title"], args.held_out_share)]
-    numbers = Counter()
+    numbers, facts = Counter(), defaultdict(set)
+    for new in [*rows, *held_out]:
+        facts[new["kind"]] |= {fact[1:4] for fact in new.pop("facts")}
     for new in rows:
         numbers[new["kind"]] += 1
         new["id"] = new["id"] or f"{new['kind']}-{numbers[new['kind']]}"
     if len(numbers) > 1:  # whole articles alone stay in the dump's order
         random.Random(args.seed).shuffle(rows)
-    counts = count_tokens([*rows, *held_out], tokenizer) if tokenizer else []
+    counts = [count_tokens(new["messages"], tokenizer) for new in [*rows, *held_out]] if tokenizer else []
     tokens = Counter()
     for new, count in zip(rows, counts, strict=False):
         tokens[new["kind"]] += count
@@ -1068,7 +1068,10 @@ def main(args: PreprocessArguments, config: str):
         if tokenizer
         else None,
         "special_tokens_broken": sum(article["broken"] for article in articles),
-        "kinds": {kind: {"rows": n, "tokens": tokens[kind] if tokenizer else None} for kind, n in numbers.items()},
+        "kinds": {
+            kind: {"rows": n, "tokens": tokens[kind] if tokenizer else None, "facts": len(facts[kind])}
+            for kind, n in numbers.items()
+        },
         **told,
         "samples": {kind: sample_rows(rows, kind) for kind in numbers if len(numbers) > 1},
     }

@@ -3,8 +3,8 @@
 Each run leaves one result file in benchmarks/results/<name of the config>/, with its answers; a run whose file is
 there is not made again, so a comparison that was stopped goes on.
 
-    python benchmarks/compare.py --config benchmarks/compare.yaml            # make the runs that are missing
-    python benchmarks/compare.py --config benchmarks/compare.yaml --table    # only print what there is
+    python benchmarks/compare.py --config benchmarks/knowledge.yaml            # make the runs that are missing
+    python benchmarks/compare.py --config benchmarks/knowledge.yaml --table    # only print what there is
 """
 
 import argparse
@@ -35,10 +35,18 @@ MEASURES = {  # of the table: (group, measure)
     "B exact": ("B", "exact"),
     "A + B contains, uncapped": ("A+B", "contains_uncapped"),
     "C contains": ("C", "contains"),
+    "D contains": ("D", "contains"),
     "N invented": ("N", "invented"),
+    "A declined": ("A", "declines"),
     "copied 80+": ("all", "copied_80"),
+    "seq-rep-4": ("all", "seq_rep_4"),
     "ended": ("all", "ended"),
 }
+# Settings that a run gets from here, whatever its YAML files say.
+OWN_SETTINGS = (
+    "data_files only_titles output_dir train_file model_name_or_path max_steps num_train_epochs seed save_strategy "
+    "save_steps save_total_limit logging_steps report_to eval_file eval_strategy eval_steps quiz_file"
+).split()
 # glibc's allocator, as in the Makefile: otherwise much of each step on a CPU goes to fresh pages.
 ALLOCATOR = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "200000000000"}
 
@@ -58,6 +66,34 @@ def run(*command) -> tuple[str, float]:
     if result.returncode:
         raise UserError(f"{command[0]} returned {result.returncode}; what it said stands above")
     return result.stdout, time.perf_counter() - start
+
+
+def yaml_content(commands: list[str]) -> dict:
+    """What the YAML files say that these commands name, and those that they name: a run depends on no comment."""
+    content: dict[str, dict] = {}
+    paths = re.findall(r"configs/\S+?\.yaml", " ".join(commands))
+    while paths:
+        path = paths.pop()
+        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content[path] = {key: value for key, value in said.items() if key not in OWN_SETTINGS}
+        paths += [v for v in said.values() if isinstance(v, str) and v.endswith(".yaml") and v not in content]
+    return content
+
+
+def digest(data) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def perplexity(model: Path | str, work: Path) -> float:
+    """Perplexity a byte on the passages outside the topic, by lm-evaluation-harness."""
+    output = work / "perplexity"
+    shutil.rmtree(output, ignore_errors=True)
+    run(
+        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16",
+        "--include_path", "tools/lm_eval_tasks", "--tasks", "neutral_ko", "--batch_size", "8", "--output_path", output,
+    )  # fmt: skip
+    found = json.loads(next(output.rglob("results_*.json")).read_text(encoding="utf-8"))
+    return round(found["results"]["neutral_ko"]["byte_perplexity,none"], 4)
 
 
 def slug(name: str) -> str:
@@ -84,7 +120,8 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
     data, output = work / slug(name), work / f"{slug(name)}-{seed}"
     run(
         "preprocess.py", *shlex.split(config["preprocess"]), *shlex.split(recipe["preprocess"]),
-        "--data_files", config["articles"], "--only_titles", *config["titles"], "--output_dir", data,
+        "--data_files", config["articles"], "--only_titles", *config["titles"], "--quiz_file", config["quiz"],
+        "--output_dir", data,
     )  # fmt: skip
     train = [
         "train.py", *shlex.split(config["train"]), *shlex.split(recipe["train"]), "--train_file", data / "train.jsonl",
@@ -108,8 +145,9 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
         "seed": seed, "steps": steps, "tokens": steps * step_tokens,
         "kept": re.search(r"kept: ([\d.]+%)", told)[1],
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
+        "kinds": json.loads((data / "report.json").read_text(encoding="utf-8"))["kinds"],
         "train_minutes": round(train_seconds / 60, 1), "answer_minutes": round(answer_seconds / 60, 1),
-        "answers": to_keep(answers),
+        "perplexity": perplexity(output / "final", work), "answers": to_keep(answers),
     }  # fmt: skip
     shutil.rmtree(output / "final")  # a gigabyte; the result file holds what was found
     return result
@@ -121,7 +159,8 @@ def make_base(config: dict, work: Path, quiz: Path) -> dict:
         "generate.py", *shlex.split(config["generate"]), "--checkpoint", config["model_name_or_path"],
         "--prompts_file", quiz, "--output_file", answers,
     )  # fmt: skip
-    return {"answer_minutes": round(seconds / 60, 1), "answers": to_keep(answers)}
+    outside = perplexity(config["model_name_or_path"], work)
+    return {"answer_minutes": round(seconds / 60, 1), "perplexity": outside, "answers": to_keep(answers)}
 
 
 def make_open_book(config: dict, work: Path) -> dict:
@@ -140,12 +179,13 @@ def cell(value: list[float] | None) -> str:
     return f"{100 * value[0]:.1f} [{100 * value[1]:.0f}, {100 * value[2]:.0f}]" if value else "–"
 
 
-def print_table(config: dict, results: dict[str, list[dict]]):
+def print_table(config: dict, results: dict[str, list[dict]], split: str, shown: list[str], plot: Path | None):
     """The table in Markdown: a line a recipe, the mean over its seeds with intervals over the questions."""
     about, questions = score.read_quiz(Path(config["quiz"]))
     articles = [row for _, row in score.read_objects(Path(config["articles"])) if row["title"] in config["titles"]]
     copies = score.Copies([row["text"] for row in articles])
-    asked = {row["id"] for row in results["base"][0]["answers"] if questions[row["id"]]["split"] == "test"}
+    answered = {row["id"] for row in results["base"][0]["answers"]}
+    asked = {q for q in answered if questions[q]["split"] == split}
 
     def measured(rows: list[dict]) -> dict[str, dict]:
         """{question id: measures}, averaged over the answers of several seeds."""
@@ -166,44 +206,74 @@ def print_table(config: dict, results: dict[str, list[dict]]):
         }
         chosen = score.best_bounds(books, questions)
         for key, rows in books.items():
-            whole = {q: row for q, row in rows.items() if questions[q]["split"] == "test"}
-            value = cell(score.summarize(whole, questions)["B+C"]["contains"])
+            whole = {q: row for q, row in rows.items() if questions[q]["split"] == split}
+            value = cell(score.summarize(whole, questions)["B+C"]["contains"]) if split == "test" else "not asked"
             mark = " (the development split's choice)" if key in chosen else ""
             print(f"{score.short_name(key)}, B+C of the whole quiz contains: {value}{mark}")
         lines |= {score.short_name(key): on_slice(books[key]) for key in chosen}
-    lines |= {
-        name: on_slice(measured([row for result in found for row in result["answers"]]))
-        for name, found in results.items() if name != "open book"
-    }  # fmt: skip
+    made = {name: found for name, found in results.items() if found and name != "open book"}
+    lines |= {name: on_slice(measured([r for one in found for r in one["answers"]])) for name, found in made.items()}
     tables = {name: score.summarize(rows, questions) for name, rows in lines.items()}
-    counts = {title: tables["base"][group]["n"] for title, (group, _) in MEASURES.items()}
-    print("\n| | " + " | ".join(f"{title} (n {counts[title]})" for title in MEASURES) + " |")
-    print("|-" * (len(MEASURES) + 1) + "|")
+    columns = {title: at for title, at in MEASURES.items() if at[0] in tables["base"]}
+    print("\n| | " + " | ".join(f"{title} (n {tables['base'][at[0]]['n']})" for title, at in columns.items()) + " |")
+    print("|-" * (len(columns) + 1) + "|")
     for name, table in tables.items():
-        cells = [cell(table.get(group, {}).get(measure)) for group, measure in MEASURES.values()]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print()
-    trained = [name for name in config["recipes"] if results[name]]
-    for name in trained:
-        found = results[name]
-        uncapped = [score.summarize(on_slice(measured(f["answers"])), questions)["A+B"] for f in found]
-        shares = [round(100 * summary["contains_uncapped"][0], 1) for summary in uncapped]
-        print(
-            f"{name}: {found[0]['steps']} steps, {found[0]['tokens']:,} tokens, {found[0]['kept']} of the text kept; "
-            f"by seed: last loss {[round(f['loss'], 3) for f in found]}, A + B contains, uncapped {shares}, minutes "
-            f"of training {[f['train_minutes'] for f in found]}"
+        if name in shown or not shown:
+            cells = [cell(table.get(group, {}).get(measure)) for group, measure in columns.values()]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+    print(
+        "\n| | seeds | steps | tokens | of the text kept | minutes of training | perplexity a byte outside the topic |"
+    )
+    print("|-|-|-|-|-|-|-|")
+    for name, found in made.items():
+        minutes, outside = (
+            " ".join(f"{one.get(key, '–')}" for one in found) for key in ("train_minutes", "perplexity")
         )
-    for earlier, later in pairwise(trained):
+        numbers = (
+            (f"{found[0]['steps']} | {found[0]['tokens']:,}", found[0]["kept"]) if name != "base" else ("– | –", "–")
+        )
+        if name in shown or not shown:
+            print(f"| {name} | {len(found)} | {numbers[0]} | {numbers[1]} | {minutes} | {outside} |")
+    print()
+    for earlier, later in pairwise(
+        name for name in config["recipes"] if name in made and (name in shown or not shown)
+    ):
         table = score.compare(lines[earlier], lines[later], questions)
-        found = {title: table.get(group, {}).get(measure) for title, (group, measure) in MEASURES.items()}
+        found = {title: table.get(group, {}).get(measure) for title, (group, measure) in columns.items()}
         print(f"{later} minus {earlier}, paired: "
               + ", ".join(f"{title} {cell(v)} p {v[3]:.2g}" for title, v in found.items() if v))  # fmt: skip
+    if plot:
+        draw(tables, columns, plot)
+
+
+def draw(tables: dict[str, dict], columns: dict[str, tuple[str, str]], path: Path):
+    """Bars with their intervals, a panel a measure, a bar a recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, panels = list(tables)[::-1], [t for t in ("A exact", "B exact", "C contains", "copied 80+") if t in columns]
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 0.35 * len(names) + 1), sharey=True, layout="constrained")
+    for axis, title in zip(axes, panels, strict=True):
+        group, measure = columns[title]
+        values = [[100 * v for v in tables[name][group].get(measure, [0, 0, 0])[:3]] for name in names]
+        mean = [v[0] for v in values]
+        axis.barh(names, mean, color="#4c72b0", height=0.6)
+        axis.hlines(range(len(names)), [v[1] for v in values], [v[2] for v in values], color="black", linewidth=1)
+        axis.set(title=f"{title} (n {tables['base'][group]['n']})", xlim=(0, 100), xlabel="%")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the YAML file that describes the runs")
     parser.add_argument("--table", action="store_true", help="make no run, print those that are there")
+    parser.add_argument("--split", choices=["dev", "test"], default="test", help="dev: what settings may be chosen by")
+    parser.add_argument("--rows", nargs="+", default=[], help="print only these lines of the table")
+    parser.add_argument("--plot", type=Path, help="also draw the table to this PNG")
     args = parser.parse_args()
     try:
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
@@ -212,25 +282,37 @@ def main():
     needed = "quiz articles model_name_or_path tokens seeds titles preprocess train generate recipes".split()
     missing = [key for key in needed if not isinstance(config, dict) or key not in config]
     if missing:
-        raise UserError(f"{args.config} does not say {', '.join(missing)}; benchmarks/compare.yaml is an example")
+        raise UserError(f"{args.config} does not say {', '.join(missing)}; benchmarks/knowledge.yaml is an example")
     os.chdir(ROOT)
     folder, work = Path("benchmarks/results") / args.config.stem, Path("outputs") / args.config.stem
     about, _ = score.read_quiz(Path(config["quiz"]))
-    # What the results depend on; seeds may be added.
-    made_with = {key: value for key, value in config.items() if key != "seeds"} | {
+    asking = {  # what the base model's answers depend on
         "quiz_sha256": about["sha256"],
-        "recipes_sha256": hashlib.sha256(
-            b"".join(Path(path).read_bytes() for path in re.findall(r"configs/\S+\.yaml", str(config)))
-        ).hexdigest(),
         "articles_sha256": hashlib.sha256(Path(config["articles"]).read_bytes()).hexdigest(),
+        "model_name_or_path": config["model_name_or_path"],
+        "generate": digest([config["generate"], yaml_content([config["generate"]])]),
     }
+
+    def made_with(name: str) -> dict:
+        """What a result depends on: the runs of which anything here has changed are refused."""
+        if name == "open book":
+            return asking
+        slice_, recipe = asking | {"titles": config["titles"]}, config["recipes"].get(name, {})
+        if not recipe:
+            return slice_
+        commands = [f"{config[stage]} {recipe[stage]}".strip() for stage in ("preprocess", "train")]
+        return slice_ | {"tokens": config["tokens"], "commands": commands, "yaml": digest(yaml_content(commands))}
+
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     quiz = work / "quiz.jsonl"
     if not args.table:
         slice_of(Path(config["quiz"]), config["titles"], quiz)
+        for path, command in config.get("prepare", {}).items():
+            if not Path(path).exists():
+                run(*shlex.split(command))
     jobs = {("base", 0): lambda: make_base(config, work, quiz)}
-    for seed in config["seeds"]:
-        for name, recipe in config["recipes"].items():
+    for name, recipe in config["recipes"].items():
+        for seed in recipe.get("seeds", config["seeds"]):
             jobs[name, seed] = partial(make_run, config, name, recipe, seed, work, quiz)
     jobs["open book", 0] = lambda: make_open_book(config, work)
     results: dict[str, list[dict]] = {name: [] for name in ("open book", "base", *config["recipes"])}
@@ -238,7 +320,7 @@ def main():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"
         if not path.exists() and not args.table:
             made = {
-                "name": name, "made_with": made_with, "commit": commit,
+                "name": name, "made_with": made_with(name), "commit": commit,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
                 "versions": {lib: version(lib) for lib in ("torch", "transformers", "trl", "accelerate")},
                 **job(),
@@ -246,13 +328,13 @@ def main():
             score.write(path, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
-            changed = [key for key, value in made_with.items() if result["made_with"].get(key) != value]
+            changed = [key for key, value in made_with(name).items() if result["made_with"].get(key) != value]
             if changed:
                 raise UserError(f"{path} was made with another {', '.join(changed)}; remove it to make it again")
             results[name].append(result)
     if not results["base"]:
         raise UserError(f"there are no results in {folder} yet; leave out --table")
-    print_table(config, results)
+    print_table(config, results, args.split, args.rows, args.plot)
 
 
 if __name__ == "__main__":
