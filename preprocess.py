@@ -74,7 +74,7 @@ RELATION = {"label": "", "patterns": [], "questions": [], "sentence": [], "rever
 FORMS = {"sentence": ["question"], "choices": ["question", "choices"], "cloze": ["entity", "sentence"]}
 FORMS |= {"yes": [], "no": []}
 MADE_UP = {"names": [], "questions": [], "relations": [], "answers": []}
-PER_FACT = {"short": 0, "sentence": 0, "reverse": 0, "yes_no": 0, "choices": 0, "cloze": 0}
+PER_FACT = {"short": 3, "sentence": 1, "reverse": 1, "yes_no": 1, "choices": 1, "cloze": 1}
 
 
 class UserError(Exception):
@@ -765,66 +765,72 @@ def check_forms(place: str, forms: list[str], known: set[str]):
             raise UserError(f"{place}: {form!r} names {{{unknown.pop()}}}; {there} can be filled in")
 
 
-def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
-    """The blocks that the recipe has, checked, their patterns compiled; a block may be the path of its YAML file.
+def read_block(name: str, given: dict | str | None) -> dict | None:
+    """A block: as it stands in the recipe, as YAML on the command line, or the path of its YAML file. UserError."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return yaml.safe_load(Path(given).read_text(encoding="utf-8") if given.endswith(".yaml") else given)
+    except OSError as e:
+        raise UserError(f"{name}: cannot read {given}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
 
-    Raises UserError.
-    """
+
+def compile_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
+    """A relation of the block `facts`, checked, its patterns compiled with their pieces put in. Raises UserError."""
+    relation = check_block(place, given, RELATION)
+    patterns, known = [], {"entity"}
+    for pattern in relation["patterns"]:
+        for _ in range(3):  # pieces may hold pieces
+            pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as e:
+            raise UserError(f"{place}: {pattern!r} is not a regular expression: {e}") from None
+        if "value" not in patterns[-1].groupindex:
+            raise UserError(f"{place}: {pattern!r} has no group (?P<value>…)")
+        known |= set(patterns[-1].groupindex)
+    for key in ("questions", "sentence", "reverse", "yes_no"):
+        check_forms(f"{place}: {key}", relation[key], known)
+    return relation | {"patterns": patterns, "label": relation["label"] or place.rpartition(" ")[2]}
+
+
+def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
+    """The blocks that the recipe has, by name, checked and with their defaults. Raises UserError."""
     blocks = {}
     for name, defaults in BLOCKS.items():
-        given = getattr(args, name)
-        if isinstance(given, str):
-            try:
-                given = yaml.safe_load(Path(given).read_text(encoding="utf-8") if given.endswith(".yaml") else given)
-            except OSError as e:
-                raise UserError(f"{name}: cannot read {given}: {e.strerror}") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as e:
-                raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
+        given = read_block(name, getattr(args, name))
         if given is not None:
             blocks[name] = block = check_block(name, given, defaults)
             if block.get("questions") == []:
                 raise UserError(f"{name}: `questions` is empty")
             for key in set(block) & {"questions", *BLOCKS["articles"]}:
                 check_forms(f"{name}: {key}", block[key], set(FIELDS[name].split()))
-    relations = blocks.get("facts", {}).get("relations", {})
-    pieces = blocks.get("facts", {}).get("pieces", {}) | {"title": TITLE}
-    for name, relation in relations.items():
-        place = f"facts: {name}"
-        relations[name] = relation = check_block(place, relation, RELATION)
-        patterns, known = [], {"entity"}
-        for pattern in relation["patterns"]:
-            for _ in range(3):  # pieces may hold pieces
-                pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
-            try:
-                patterns.append(re.compile(pattern))
-            except re.error as e:
-                raise UserError(f"{place}: {pattern!r} is not a regular expression: {e}") from None
-            if "value" not in patterns[-1].groupindex:
-                raise UserError(f"{place}: {pattern!r} has no group (?P<value>…)")
-            known |= set(patterns[-1].groupindex)
-        relation["patterns"] = patterns
-        relation["label"] = relation["label"] or name
-        for key in ("questions", "sentence", "reverse", "yes_no"):
-            check_forms(f"{place}: {key}", relation[key], known)
-    if "facts" in blocks:
-        forms = blocks["facts"]["forms"] = check_block(
-            "facts: forms", blocks["facts"]["forms"], dict.fromkeys(FORMS, [])
-        )
+    relations = {}
+    if block := blocks.get("facts"):
+        pieces = block["pieces"] | {"title": TITLE}
+        relations = {name: compile_relation(f"facts: {name}", of, pieces) for name, of in block["relations"].items()}
+        forms = check_block("facts: forms", block["forms"], dict.fromkeys(FORMS, []))
+        per_fact = check_block("per_fact", read_block("per_fact", args.per_fact) or {}, PER_FACT)
         for name, known in FORMS.items():
             check_forms(f"facts: forms: {name}", forms[name], set(known))
-        blocks["facts"]["per_fact"] = per_fact = check_block("per_fact", args.per_fact or {}, PER_FACT)
-        needed = {"sentence": per_fact["sentence"], "choices": per_fact["choices"], "cloze": per_fact["cloze"]}
-        needed |= {"yes": per_fact["yes_no"], "no": per_fact["yes_no"]}
-        if missing := [name for name, count in needed.items() if count and not forms[name]]:
-            raise UserError(f"facts: forms: `{missing[0]}` is empty, but per_fact asks for such rows")
-    for name, group in blocks.get("unknown", {}).get("names", {}).items():
-        group = blocks["unknown"]["names"][name] = check_block(f"unknown: {name}", group, MADE_UP)
-        if missing := [relation for relation in group["relations"] if relation not in relations]:
-            raise UserError(f"unknown: {name}: the block `facts` has no relation `{missing[0]}`")
-        for key in ("questions", "answers"):
-            check_forms(f"unknown: {name}: {key}", group[key], {"entity"})
-        if not group["answers"]:
-            raise UserError(f"unknown: {name}: `answers` is empty")
+            if not forms[name] and per_fact[{"yes": "yes_no", "no": "yes_no"}.get(name, name)]:
+                raise UserError(f"facts: forms: `{name}` is empty, but per_fact asks for such rows")
+        block |= {"relations": relations, "forms": forms, "per_fact": per_fact}
+    if block := blocks.get("unknown"):
+        if not 0 <= block["share"] < 1:
+            raise UserError(f"unknown: share is from 0 to below 1, not {block['share']}")
+        block["names"] = {
+            name: check_block(f"unknown: {name}", group, MADE_UP) for name, group in block["names"].items()
+        }
+        for name, group in block["names"].items():
+            if missing := [relation for relation in group["relations"] if relation not in relations]:
+                raise UserError(f"unknown: {name}: the block `facts` has no relation `{missing[0]}`")
+            for key in ("questions", "answers"):
+                check_forms(f"unknown: {name}: {key}", group[key], {"entity"})
+            if not group["answers"]:
+                raise UserError(f"unknown: {name}: `answers` is empty")
     return blocks
 
 
@@ -895,7 +901,8 @@ def make_rows(
     }
     for name, block in blocks.items():
         rows += sift(makers[name](block))
-    for path, share in check_block("files", args.files or {}, dict.fromkeys(args.files or {}, 0.0)).items():
+    shares = read_block("files", args.files) or {}
+    for path, share in check_block("files", shares, dict.fromkeys(shares, 0.0)).items():
         there, cut = read_file_rows(path)
         fitting = sift(there)
         if not (fitting and 0 <= share < 1):
