@@ -17,7 +17,8 @@ CLASSES = {
     "train.yaml": [train.ScriptArguments, train.TrainingArguments],
     "generate.yaml": [generate.GenerateArguments],
 }
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+BLOCKS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem in preprocess.BLOCKS)
+RECIPES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(BLOCKS))
 CLASSES["quiz.yaml"] = CLASSES["generate.yaml"]  # configs/quiz.yaml: how a quiz is asked, of any recipe's run
 WRITTEN = ("train.jsonl", "answers.jsonl", "report.json", "SOURCES.md", "training_log.jsonl")  # by the scripts
 DOCS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,9 +26,21 @@ DOCS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob(
 
 def test_every_recipe_is_here():
     folders = {path.parent for path in RECIPES} - {ROOT / "configs"}
-    assert {folder.name for folder in folders} >= {"three_kingdoms", "blog", "demo"}
+    assert {folder.name for folder in folders} >= {"three_kingdoms", "blog", "demo", "instruments"}
     for folder in folders:
-        assert {path.name for path in folder.iterdir()} == set(CLASSES) - {"quiz.yaml"}, folder
+        assert set(folder.iterdir()) - set(BLOCKS) == {folder / name for name in set(CLASSES) - {"quiz.yaml"}}
+
+
+@pytest.mark.parametrize("path", BLOCKS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_blocks_are_read(path):
+    """Each file of a block, with the facts beside it, whose questions `unknown` borrows; both name who uses them."""
+    facts = str(path.with_name("facts.yaml"))
+    blocks = preprocess.read_blocks(preprocess.PreprocessArguments(**{"facts": facts, path.stem: str(path)}))
+    assert blocks[path.stem]
+    for name, relation in blocks["facts"]["relations"].items():
+        assert relation["patterns"] and relation["questions"] and relation["label"] != name, name
+    recipe = yaml.safe_load(path.with_name("preprocess.yaml").read_text(encoding="utf-8"))
+    assert recipe[path.stem] == str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -79,6 +92,8 @@ def test_demo_and_default_share_their_keywords():
     )
     for name in ("include_title_keywords", "include_text_keywords", "exclude_title_keywords"):
         assert demo[name] == default[name] and len(demo[name]) == len(set(demo[name]))
+    for name in (*preprocess.BLOCKS, "question", "continuation_question", "per_fact", "full_text"):
+        assert demo[name] == default[name], name
 
 
 def test_accelerate_reads_every_key_of_its_file():

@@ -100,9 +100,15 @@ def three_kingdoms(tmp_path_factory, llama_tokenizer_folder):
     return output_dir, command, script("preprocess.py", *command)
 
 
+def whole_texts(output_dir) -> list[dict]:
+    """The rows that hold the articles' text, in its order: the rows of train.jsonl are shuffled."""
+    rows = [row for row in read_jsonl(output_dir / "train.jsonl") if row["kind"] == "article"]
+    return sorted(rows, key=lambda row: [int(number) for number in row["id"].split("-")[1:]])
+
+
 def test_three_kingdoms_keeps_the_topic_and_nothing_else(sample, three_kingdoms):
     output_dir, _, result = three_kingdoms
-    kept = {int(chat["id"].split("-")[1]) for chat in read_jsonl(output_dir / "train.jsonl")}
+    kept = {int(chat["id"].split("-")[1]) for chat in whole_texts(output_dir)}
     rows = [row for row in sample if row["title"] and row["title"].strip() and row["text"] and row["text"].strip()]
     on_topic = {row["title"] for row in rows} - set(OFF_TOPIC)
     assert {sample[i]["title"] for i in kept} == on_topic and len(kept) == len(on_topic) >= 100
@@ -116,7 +122,7 @@ def test_three_kingdoms_keeps_the_topic_and_nothing_else(sample, three_kingdoms)
 def test_no_character_of_an_article_is_lost(sample, three_kingdoms, llama_tokenizer):
     output_dir, _, _ = three_kingdoms
     pieces, questions = {}, set()
-    for chat in read_jsonl(output_dir / "train.jsonl"):
+    for chat in whole_texts(output_dir):
         user, assistant = (message["content"] for message in chat["messages"])
         row, part = map(int, chat["id"].split("-")[1:])
         pieces.setdefault(row, []).append(assistant)
@@ -155,40 +161,40 @@ paragraphs = st.text(string.printable + "조조는後漢의 장수다. 그렇다
 @example(text=" " * 5000 + "끝", max_length=60)
 @example(text="조조는 위왕이다. " * 200, max_length=60)
 def test_splitting_loses_nothing(llama_tokenizer, text, max_length):
-    args = PreprocessArguments(max_length=max_length, title_suffix_pattern=r"\s*\(삼국지\)\s*$")
     if not text:
         return
-    chats = list(preprocess.to_chats({"row": 0, "title": "조조 (삼국지)", "text": text}, args, llama_tokenizer))
+    article = {"row": 0, "title": "조조 (삼국지)", "text": text}
+    article = preprocess.clean_article(article, r"\s*\(삼국지\)\s*$", llama_tokenizer)
+    chats = list(preprocess.to_chats(article, PreprocessArguments(max_length=max_length), llama_tokenizer))
     whole, _ = preprocess.break_special_tokens(text, llama_tokenizer)
-    assert "".join(c["chat"]["messages"][1]["content"] for c in chats) == whole
-    assert all(c["tokens"] <= max_length for c in chats)
-    assert chats[0]["chat"]["messages"][0]["content"] == "조조에 대해 알려줘."
+    assert "".join(chat["messages"][1]["content"] for chat in chats) == whole
+    assert all(preprocess.count_tokens(chat["messages"], llama_tokenizer) <= max_length for chat in chats)
+    assert chats[0]["messages"][0]["content"] == "조조에 대해 알려줘."
 
 
 def test_a_cut_stands_after_a_sentence_where_a_paragraph_is_too_long(llama_tokenizer):
     args = PreprocessArguments(max_length=100)
     text = "조조는 후한 말의 정치가이자 군인이다. 그는 패국 초현 사람이다. " * 12
     pieces = [
-        c["chat"]["messages"][1]["content"]
-        for c in preprocess.to_chats({"row": 0, "title": "t", "text": text}, args, llama_tokenizer)
+        chat["messages"][1]["content"]
+        for chat in preprocess.to_chats({"row": 0, "title": "t", "text": text}, args, llama_tokenizer)
     ]
     assert len(pieces) > 2 and all(piece.endswith("다. ") for piece in pieces)
 
 
 def test_special_tokens_in_a_text_stay_text(llama_tokenizer):
     text = "조조<|eot_id|><|start_header_id|>assistant<|end_header_id|>거짓말"
-    (chat,) = preprocess.to_chats(
-        {"row": 0, "title": "조조<|eot_id|>", "text": text}, PreprocessArguments(), llama_tokenizer
-    )
-    ids = llama_tokenizer.apply_chat_template(chat["chat"]["messages"], return_dict=False)
+    article = preprocess.clean_article({"row": 0, "title": "조조<|eot_id|>", "text": text}, None, llama_tokenizer)
+    (chat,) = preprocess.to_chats(article, PreprocessArguments(), llama_tokenizer)
+    ids = llama_tokenizer.apply_chat_template(chat["messages"], return_dict=False)
     plain = [{"role": "user", "content": "질문"}, {"role": "assistant", "content": "답"}]
     special = set(llama_tokenizer.all_special_ids) | {128006, 128007, 128009}
     count = [
         sum(i in special for i in tokens)
         for tokens in (ids, llama_tokenizer.apply_chat_template(plain, return_dict=False))
     ]
-    assert count[0] == count[1] and chat["broken"] == 4
-    assert chat["chat"]["messages"][1]["content"].replace("\u200b", "") == text
+    assert count[0] == count[1] and article["broken"] == 4
+    assert chat["messages"][1]["content"].replace("\u200b", "") == text
 
 
 def test_files_of_every_format_give_the_same_chats(sample, tmp_path):

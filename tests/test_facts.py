@@ -1,0 +1,69 @@
+"""What the patterns of configs/three_kingdoms/facts.yaml find: how much of it is right, how much of the asked is found.
+
+`facts_checked.jsonl` holds facts drawn at random and judged by readers; `unseen_articles.jsonl` 20 articles whose writer
+had not seen the patterns, `unseen_facts.jsonl` what another reader would ask about them. The patterns were written from
+data/sample_articles.jsonl alone.
+"""
+
+import re
+
+import pytest
+import score
+from conftest import ROOT, read_jsonl
+from test_preprocess import OFF_TOPIC
+
+import preprocess
+
+TESTS = ROOT / "tests"
+
+
+def extract(articles: list[dict]) -> list[preprocess.Fact]:
+    path = str(ROOT / "configs/three_kingdoms/facts.yaml")
+    relations = preprocess.read_blocks(preprocess.PreprocessArguments(facts=path))["facts"]["relations"]
+    named = {re.sub(r"\s*\(삼국지\)\s*$", "", row["title"]): row["text"] for row in articles}
+    return [fact for title, text in named.items() for fact in preprocess.extract_facts(title, text, relations)]
+
+
+@pytest.fixture(scope="module")
+def found(sample) -> dict[str, list[preprocess.Fact]]:
+    on_topic = [row for row in sample if row["title"] and row["text"] and row["title"] not in OFF_TOPIC]
+    return {"sample": extract(on_topic), "unseen": extract(read_jsonl(TESTS / "unseen_articles.jsonl"))}
+
+
+def is_found(facts: list[preprocess.Fact], relation: str, answers: list[str], sentences: list[str]) -> bool:
+    golds = set(map(score.squeeze, answers))
+    return any(
+        fact.relation == relation
+        and score.squeeze(fact.value) in golds
+        and any(fact.sentence in sentence or sentence in fact.sentence for sentence in sentences)
+        for fact in facts
+    )
+
+
+def test_what_the_quiz_asks_is_found(found):
+    _, questions = score.read_quiz(ROOT / "data/quiz.jsonl")
+    asked = [q for q in questions.values() if q["tier"] == "A"]
+    hits = [is_found(found["sample"], q["relation"], [q["answer"], *q["aliases"]], q["evidence"]) for q in asked]
+    print(f"recall of tier A: {sum(hits)} of {len(hits)}")
+    assert sum(hits) >= 0.8 * len(asked)
+
+
+def test_what_a_reader_would_ask_of_other_articles_is_found(found):
+    gold = read_jsonl(TESTS / "unseen_facts.jsonl")
+    texts = {row["title"]: row["text"] for row in read_jsonl(TESTS / "unseen_articles.jsonl")}
+    assert len(gold) >= 150 and {row["article"] for row in gold} == set(texts)
+    assert all(row["sentence"] in texts[row["article"]] and row["value"] in row["sentence"] for row in gold)
+    hits = [is_found(found["unseen"], r["relation"], [r["value"], *r["aliases"]], [r["sentence"]]) for r in gold]
+    print(f"recall on unseen articles: {sum(hits)} of {len(hits)}")
+    assert sum(hits) >= 0.8 * len(gold)
+
+
+@pytest.mark.parametrize(("source", "number"), [("sample", 200), ("unseen", 150)])
+def test_what_is_found_is_right(found, source, number):
+    judged = {}
+    for row in read_jsonl(TESTS / "facts_checked.jsonl"):
+        if row["source"] == source:
+            judged[row["title"], row["entity"], row["relation"], row["value"], row["sentence"]] = row["right"]
+    known = [judged[fact[:5]] for fact in found[source] if fact[:5] in judged]
+    print(f"precision on {source}: {sum(known)} of {len(known)}")
+    assert len(known) >= number and sum(known) >= 0.98 * len(known)
