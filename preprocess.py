@@ -70,7 +70,15 @@ BLOCKS = {
     "unknown": {"share": 0.05, "names": {}},
 }
 FIELDS = {"articles": "title", "biographies": "entity", "masked": "title text", "pairs": "a b", "unknown": "entity"}
-RELATION = {"label": "", "patterns": [], "questions": [], "sentence": [], "reverse": [], "yes_no": []}
+RELATION = {
+    "label": "",
+    "patterns": [],
+    "questions": [],
+    "sentence": [],
+    "reverse": [],
+    "yes_no": [],
+    "exclusive": True,
+}
 FORMS = {"sentence": ["question"], "choices": ["question", "choices"], "cloze": ["entity", "sentence"]}
 FORMS |= {"yes": [], "no": []}
 MADE_UP = {"names": [], "questions": [], "relations": [], "answers": []}
@@ -541,9 +549,9 @@ def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fac
     A pattern is searched in each sentence by itself, in which the article's title is written as TITLE (`{title}` in
     the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title.
     """
-    found = {}
+    found, whole = {}, re.compile(rf"(?<!\w){re.escape(title)}")
     for sentence in sentences(text):
-        marked = sentence.replace(title, TITLE)
+        marked = whole.sub(TITLE, sentence)
         for name, relation in relations.items():
             for pattern in relation["patterns"]:
                 for match in pattern.finditer(marked):
@@ -573,12 +581,15 @@ def article_rows(articles: list[dict], facts: dict[str, list[Fact]], block: dict
     """Answers as long as asked for: the first sentences, one, the first paragraph, a list of the facts."""
     for title, text in ((article["title"], article["text"]) for article in articles):
         said = sentences(text)
-        own = {relations[fact.relation]["label"]: fact.value for fact in facts[title] if fact.entity == title}
+        own = defaultdict(list)
+        for fact in facts[title]:
+            if fact.entity == title:
+                own[relations[fact.relation]["label"]].append(fact.value)
         answers = {
             "definition": " ".join(said[:2]),
             "one_sentence": said[0],
             "detail": text.strip().split("\n")[0],
-            "list": "\n".join(f"- {label}: {value}" for label, value in own.items()) if len(own) > 2 else "",
+            "list": "\n".join(f"- {label}: {', '.join(of)}" for label, of in own.items()) * (len(own) > 2),
         }
         for name, forms in block.items():
             for form in forms if answers[name] else []:
@@ -603,8 +614,10 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
         relation, rng = relations[fact.relation], random.Random(f"{seed} {fact.entity} {fact.relation} {fact.value}")
         questions = ask(fact, relation["questions"])
         right = {value for question in questions for value in values[question]}
-        others = [value for value in pools[fact.relation] if value not in right and value not in fact.sentence]
-        for many in (questions, others):
+        others = [v for v in pools[fact.relation] if v not in right | {fact.entity} and v not in fact.sentence]
+        others *= relation["exclusive"]
+        whether = [form for form in relation["yes_no"] if fits(form, fact)]
+        for many in (questions, others, whether):
             rng.shuffle(many)
         stated = state(fact, relation)
         backwards = [question for question in ask(fact, relation["reverse"]) if len(entities[question]) == 1]
@@ -616,9 +629,9 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
             "sentence": [(rng.choice(forms["sentence"]).format(question=q), stated) for q in questions],
             "reverse": [(question, fact.entity) for question in backwards],
             "yes_no": [
-                (fill(rng.choice(relation["yes_no"]), **fact.groups | {"value": value}), f"{word} {stated}")
-                for value, word in zip(shown[:2], forms["yes"][:1] + forms["no"][:1], strict=False)
-                if relation["yes_no"] and others
+                (fill(form, **fact.groups | {"value": value}), f"{word} {stated}")
+                for form in whether[:1]
+                for value, word in zip(shown[:2], forms["yes"][:1] + forms["no"][:1], strict=False) if others
             ],
             "choices": [
                 (fill(rng.choice(forms["choices"]), question=q, choices=", ".join(rng.sample(shown, 4))), fact.value)
@@ -853,7 +866,7 @@ def read_withheld(path: str) -> re.Pattern:
 def make_rows(
     articles: list[dict], chats: list[dict], args: PreprocessArguments, tokenizer
 ) -> tuple[list[dict], dict]:
-    """The chats and the further rows that the recipe's blocks ask for, and what report.json says of them.
+    """The chats and the further rows that the recipe's blocks ask for, the facts, and what report.json says of them.
 
     `articles` are {"title", "text"} as to_chats takes them, `chats` hold their whole text. Of what the quiz withholds
     only passages with holes are made. Rows over max_length, rows that name what the quiz withholds, and second copies
@@ -913,16 +926,20 @@ def make_rows(
         files[path] = {"rows": len(there) + cut, "without a whole sentence": cut, "used": share_of(share)}
         rows += map(dict, itertools.islice(itertools.cycle(fitting), share_of(share)))  # one too short is repeated
     by_entity = Counter(fact.entity for fact in facts)
-    return rows, {
-        "rows_dropped": dict(dropped),
-        "files": files,
-        "facts": {
-            "total": len(facts),
-            "by_relation": dict(Counter(fact.relation for fact in facts).most_common()),
-            "by_entity": dict(by_entity.most_common()),
-            "entities_without": [a["title"] for a in told if a["title"] not in by_entity],
+    return (
+        rows,
+        facts,
+        {
+            "rows_dropped": dict(dropped),
+            "files": files,
+            "facts": {
+                "total": len(facts),
+                "by_relation": dict(Counter(fact.relation for fact in facts).most_common()),
+                "by_entity": dict(by_entity.most_common()),
+                "entities_without": [a["title"] for a in told if a["title"] not in by_entity],
+            },
         },
-    }
+    )
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
@@ -1043,15 +1060,15 @@ def main(args: PreprocessArguments, config: str):
         progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
         chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
         rows = [chat for article in taught for chat in chats[article["row"]]] * args.full_text
-        rows, told = make_rows(taught, rows, args, tokenizer)
+        rows, facts, told = make_rows(taught, rows, args, tokenizer)
     except TemplateError as e:
         raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
     if not rows:
         raise UserError("full_text is 0 and no other block makes a row")
     held_out = [c for of in chats.values() for c in of if is_held_out(c["title"], args.held_out_share)]
-    numbers, facts = Counter(), defaultdict(set)
+    numbers, told_by = Counter(), defaultdict(set)
     for new in [*rows, *held_out]:
-        facts[new["kind"]] |= {fact[1:4] for fact in new.pop("facts")}
+        told_by[new["kind"]] |= {fact[1:4] for fact in new.pop("facts")}
     for new in rows:
         numbers[new["kind"]] += 1
         new["id"] = new["id"] or f"{new['kind']}-{numbers[new['kind']]}"
@@ -1076,7 +1093,7 @@ def main(args: PreprocessArguments, config: str):
         else None,
         "special_tokens_broken": sum(article["broken"] for article in articles),
         "kinds": {
-            kind: {"rows": n, "tokens": tokens[kind] if tokenizer else None, "facts": len(facts[kind])}
+            kind: {"rows": n, "tokens": tokens[kind] if tokenizer else None, "facts": len(told_by[kind])}
             for kind, n in numbers.items()
         },
         **told,
@@ -1087,6 +1104,7 @@ def main(args: PreprocessArguments, config: str):
         f"- Attribution: {args.source_attribution}\n- Date of the data: {args.source_date}\n"
     )
     files = {"train.jsonl": rows} | ({"held_out.jsonl": held_out} if args.held_out_share else {})
+    files |= {"facts.jsonl": [fact._asdict() for fact in facts]} if facts else {}
 
     # Everything is written beside and then renamed, train.jsonl last: who sees it sees all.
     beside = output_dir.with_name(output_dir.name + ".partial")
@@ -1100,7 +1118,8 @@ def main(args: PreprocessArguments, config: str):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (beside / name).write_text(lines, encoding="utf-8")
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "held_out.jsonl").unlink(missing_ok=True)  # of an earlier recipe, if this one holds none out
+        for name in ("held_out.jsonl", "facts.jsonl"):  # of an earlier run, if this one has none
+            (output_dir / name).unlink(missing_ok=True)
         written = ["SOURCES.md", "lengths.png", "report.json", *reversed(files)]
         for name in written:
             os.replace(beside / name, output_dir / name)

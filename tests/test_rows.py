@@ -395,6 +395,20 @@ def test_per_fact_says_how_many(per_fact):
         assert all(of[way] <= wanted[way] for way in ("reverse", "choices"))
 
 
+def test_facts_are_right_with_every_seed():
+    """What is drawn is right whatever is drawn, and no place in the choices tells the right one."""
+    places, words = Counter(), Counter()
+    for seed in range(30):
+        rows, _ = make(world_articles(), facts=world_blocks()["facts"], seed=seed)
+        for prompt, answer in map(talk, rows):
+            way, _ = judge(prompt, answer)
+            if way == "choices":
+                places[prompt.split(": ")[1].split(", ").index(answer)] += 1
+            words[answer.split(" ")[0]] += way == "yes_no"
+    assert len(places) == 4 and min(places.values()) > max(places.values()) / 2
+    assert words["네,"] > words["아니요,"] / 2 and words["아니요,"] > words["네,"] / 2
+
+
 def test_a_fact_told_in_two_articles_is_one_fact():
     # BUG: it is counted twice, and gets more rows where the two sentences differ.
     articles = world_articles()
