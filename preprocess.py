@@ -549,9 +549,9 @@ def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fac
     A pattern is searched in each sentence by itself, in which the article's title is written as TITLE (`{title}` in
     the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title.
     """
-    found, whole = {}, re.compile(rf"(?<!\w){re.escape(title)}")
+    found = {}
     for sentence in sentences(text):
-        marked = whole.sub(TITLE, sentence)
+        marked = sentence.replace(title, TITLE)
         for name, relation in relations.items():
             for pattern in relation["patterns"]:
                 for match in pattern.finditer(marked):

@@ -134,6 +134,7 @@ def world_articles() -> list[dict]:
     articles[1]["text"] += "\n어느 날 나루가 가람을 찾아가 다올의 집을 물었다. 나루와 가람은 이겼다."
     articles[2]["text"] += "\n가람 나루 다올이 만났다."
     articles[3]["text"] += "\n라희는 가람 전투를 보았다. 가람 전투에서 라희와 다올은 졌다."
+    articles[5]["text"] += "\n바온은 큰라희를 보았다."
     articles.append({"title": "가람 전투", "text": "고요한 들판이다. 아무 일도 없었다. 도깨울이라는 바위가 있다."})
     return articles
 
@@ -256,7 +257,7 @@ def test_biographies_tell_the_facts_in_several_orders(world):
 
 
 def test_pairs_are_the_sentences_that_name_both(world):
-    """A name counts with a particle behind it, not inside a word (가람산) nor in a longer name (가람 전투)."""
+    """A name counts with a particle behind it, not inside a word (가람산, 큰라희) nor in a longer name (가람 전투)."""
     names = [*(name for name in TRUTH if name != "마솔"), "가람 전투"]
     expected = defaultdict(list)
     for article in world_articles():
