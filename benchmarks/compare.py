@@ -5,6 +5,7 @@ there is not made again, so a comparison that was stopped goes on.
 
     python benchmarks/compare.py --config benchmarks/knowledge.yaml            # make the runs that are missing
     python benchmarks/compare.py --config benchmarks/knowledge.yaml --table    # only print what there is
+    python benchmarks/compare.py --config benchmarks/knowledge.yaml --check    # do the recipes still make those rows?
 """
 
 import argparse
@@ -68,20 +69,14 @@ def run(*command) -> tuple[str, float]:
     return result.stdout, time.perf_counter() - start
 
 
-def yaml_content(commands: list[str]) -> dict:
-    """What the YAML files say that these commands name, and those that they name: a run depends on no comment."""
-    content: dict[str, dict] = {}
-    paths = re.findall(r"configs/\S+?\.yaml", " ".join(commands))
-    while paths:
-        path = paths.pop()
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        content[path] = {key: value for key, value in said.items() if key not in OWN_SETTINGS}
-        paths += [v for v in said.values() if isinstance(v, str) and v.endswith(".yaml") and v not in content]
-    return content
-
-
-def digest(data) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+def settings_of(command: str) -> dict:
+    """What a command line `--config FILE --key value …` sets: the values of the file, then its own."""
+    words, said = shlex.split(command), {}
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--") and not following.startswith("--"):
+            value = yaml.safe_load(following)
+            said |= yaml.safe_load(Path(following).read_text("utf-8")) if word == "--config" else {word[2:]: value}
+    return {key: value for key, value in sorted(said.items()) if key not in OWN_SETTINGS}
 
 
 def perplexity(model: Path | str, work: Path) -> float:
@@ -115,14 +110,20 @@ def to_keep(answers: Path) -> list[dict]:
     return [{key: row[key] for key in keys if key in row} for _, row in score.read_objects(answers)]
 
 
-def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz: Path) -> dict:
-    """Preprocess, train, ask and measure: one result."""
-    data, output = work / slug(name), work / f"{slug(name)}-{seed}"
+def make_rows(config: dict, name: str, work: Path) -> tuple[Path, str]:
+    """Preprocesses for a recipe: the folder, and the sha256 of its train.jsonl."""
+    data = work / slug(name)
     run(
-        "preprocess.py", *shlex.split(config["preprocess"]), *shlex.split(recipe["preprocess"]),
+        "preprocess.py", *shlex.split(config["preprocess"]), *shlex.split(config["recipes"][name]["preprocess"]),
         "--data_files", config["articles"], "--only_titles", *config["titles"], "--quiz_file", config["quiz"],
         "--output_dir", data,
     )  # fmt: skip
+    return data, hashlib.sha256((data / "train.jsonl").read_bytes()).hexdigest()
+
+
+def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz: Path) -> dict:
+    """Preprocess, train, ask and measure: one result."""
+    (data, data_sha256), output = make_rows(config, name, work), work / f"{slug(name)}-{seed}"
     train = [
         "train.py", *shlex.split(config["train"]), *shlex.split(recipe["train"]), "--train_file", data / "train.jsonl",
         "--model_name_or_path", config["model_name_or_path"], "--seed", seed, "--output_dir", output,
@@ -142,7 +143,7 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
     )  # fmt: skip
     log = [json.loads(line) for _, line in score.read_lines(output / "training_log.jsonl")]
     result = {
-        "seed": seed, "steps": steps, "tokens": steps * step_tokens,
+        "data_sha256": data_sha256, "seed": seed, "steps": steps, "tokens": steps * step_tokens,
         "kept": re.search(r"kept: ([\d.]+%)", told)[1],
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
         "kinds": json.loads((data / "report.json").read_text(encoding="utf-8"))["kinds"],
@@ -271,6 +272,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the YAML file that describes the runs")
     parser.add_argument("--table", action="store_true", help="make no run, print those that are there")
+    parser.add_argument(
+        "--check", action="store_true", help="preprocess again: are the results those of today's rows?"
+    )
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="dev: what settings may be chosen by")
     parser.add_argument("--rows", nargs="+", default=[], help="print only these lines of the table")
     parser.add_argument("--plot", type=Path, help="also draw the table to this PNG")
@@ -290,7 +294,7 @@ def main():
         "quiz_sha256": about["sha256"],
         "articles_sha256": hashlib.sha256(Path(config["articles"]).read_bytes()).hexdigest(),
         "model_name_or_path": config["model_name_or_path"],
-        "generate": digest([config["generate"], yaml_content([config["generate"]])]),
+        "generate": settings_of(config["generate"]),
     }
 
     def made_with(name: str) -> dict:
@@ -300,12 +304,11 @@ def main():
         slice_, recipe = asking | {"titles": config["titles"]}, config["recipes"].get(name, {})
         if not recipe:
             return slice_
-        commands = [f"{config[stage]} {recipe[stage]}".strip() for stage in ("preprocess", "train")]
-        return slice_ | {"tokens": config["tokens"], "commands": commands, "yaml": digest(yaml_content(commands))}
+        return slice_ | {"tokens": config["tokens"], "train": settings_of(f"{config['train']} {recipe['train']}")}
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     quiz = work / "quiz.jsonl"
-    if not args.table:
+    if not args.table and not args.check:
         slice_of(Path(config["quiz"]), config["titles"], quiz)
         for path, command in config.get("prepare", {}).items():
             if not Path(path).exists():
@@ -318,7 +321,7 @@ def main():
     results: dict[str, list[dict]] = {name: [] for name in ("open book", "base", *config["recipes"])}
     for (name, seed), job in jobs.items():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"
-        if not path.exists() and not args.table:
+        if not path.exists() and not args.table and not args.check:
             made = {
                 "name": name, "made_with": made_with(name), "commit": commit,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
@@ -332,6 +335,9 @@ def main():
             if changed:
                 raise UserError(f"{path} was made with another {', '.join(changed)}; remove it to make it again")
             results[name].append(result)
+    for name in config["recipes"] if args.check else []:
+        if results[name] and {one["data_sha256"] for one in results[name]} != {make_rows(config, name, work)[1]}:
+            raise UserError(f"the rows of {name!r} are not those that its results were made with; remove them")
     if not results["base"]:
         raise UserError(f"there are no results in {folder} yet; leave out --table")
     print_table(config, results, args.split, args.rows, args.plot)
