@@ -70,7 +70,9 @@ class ScriptArguments:
     dry_run: bool = field(default=False, metadata={"help": "Tell what would run and stop; exit code 1 if it cannot."})
     freeze_embeddings: bool = field(
         default=False,
-        metadata={"help": "Leave the embeddings, and the output layer tied to them, as they are: faster, less memory."},
+        metadata={
+            "help": "Leave the embeddings, and the output layer tied to them, as they are: faster, less memory."
+        },
     )
     allow_truncation: bool = field(
         default=False, metadata={"help": "Cut rows longer than max_length instead of refusing them."}
@@ -349,12 +351,15 @@ def stop_tokens(name_or_path: str, tokenizer, eos_token: str | None, **hub) -> l
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-def estimate_memory(config, parameters: int, args: SFTConfig, sharded: bool, longest: int) -> tuple[int, int]:
+def estimate_memory(
+    config, parameters: int, frozen: int, args: SFTConfig, sharded: bool, longest: int
+) -> tuple[int, int]:
     """Bytes a device needs: (states, activations). Read from the libraries' code, not yet checked on GPUs.
 
-    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter, over the shards. Beside them, whole
-    on each device: the loss's fp32 gradient of the output layer; data parallel's buckets of gradients (4 bytes a
-    parameter); under FSDP2 with accumulation the gradients that wait (4 bytes); a block and the embedding gathered.
+    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter (a frozen one 4), over the shards.
+    Beside them, whole on each device: the loss's fp32 gradient of the output layer; data parallel's buckets of
+    gradients (4 bytes a parameter); under FSDP2 with accumulation the gradients that wait (4 bytes); a block and the
+    embedding gathered.
     Activations, per token and layer: what attention and MLP keep for the backward pass, 9 hidden vectors and 4 of the
     MLP's width; with checkpointing one hidden vector a layer, and one layer in full. The loss works on tiles of at
     most 4,096 tokens x 32,768 words. Attention's mask of a packed sequence: one byte a pair of tokens.
@@ -365,7 +370,7 @@ def estimate_memory(config, parameters: int, args: SFTConfig, sharded: bool, lon
     width = 4 if args.mixed_precision == "no" else 2  # bytes of a number in the arithmetic
     tokens = args.per_device_train_batch_size * longest
     head = text.vocab_size * hidden
-    states = 16 * parameters // (args.world_size if sharded else 1) + 4 * head
+    states = (16 * parameters - 12 * frozen) // (args.world_size if sharded else 1) + 4 * head
     if sharded:
         states += (head + (parameters - head) // layers) * width
         states += 4 * parameters * (args.gradient_accumulation_steps > 1)
@@ -423,6 +428,7 @@ def make_recipe(script_args: ScriptArguments, args: SFTConfig, config: str, fsdp
         "model_revision": revision,
         "train_file": script_args.train_file,
         "data_sha256": digest,
+        **({"freeze_embeddings": True} if script_args.freeze_embeddings else {}),
         "num_processes": args.world_size,
         "sharding": fsdp,
         "settings": json.loads(json.dumps(settings, default=str)),
@@ -600,7 +606,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
     step_tokens = numbers["tokens_kept"] / numbers["sequences"] * batch * processes * accumulation
 
-    states, activations = estimate_memory(model_config, parameters, args, fsdp is not None, numbers["longest"])
+    frozen = model.get_input_embeddings().weight.numel() if script_args.freeze_embeddings else 0
+    longest = numbers["longest"]
+    states, activations = estimate_memory(model_config, parameters, frozen, args, fsdp is not None, longest)
     if args.device.type == "cuda":
         there, where = torch.cuda.mem_get_info(args.device)[0], "a GPU"
     else:  # processes on one machine share its memory
@@ -610,7 +618,8 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     saves = 0 if args.save_strategy == "no" else -(-steps // max(1, int(every if every >= 1 else every * steps)))
     saves = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # one more while rotating
     full = fsdp is not None and "FULL" in str(fsdp.state_dict_type)
-    disk = parameters * ((16 if full else 12) * saves + 4)  # fp32 weights and Adam's two moments; final: weights
+    # fp32 weights and Adam's two moments; final: weights
+    disk = parameters * ((16 if full else 12) * saves + 4) - 8 * frozen * saves
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     own = [file for name in ("checkpoint-*", "final") for part in folder.glob(name) for file in part.rglob("*")]
@@ -621,7 +630,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     )
     plan = {
         "recipe": config,
-        "model": f"{script_args.model_name_or_path}, {parameters:,} parameters, {precision}, on {args.device.type}",
+        "model": f"{script_args.model_name_or_path}, {parameters:,} parameters"
+        + (f" ({frozen:,} of them frozen)" if frozen else "")
+        + f", {precision}, on {args.device.type}",
         "data": f"{script_args.train_file}: {numbers['rows']:,} rows, {numbers['tokens']:,} tokens in "
         f"{numbers['sequences']:,} sequences of at most {numbers['longest']:,}",
         "kept": f"{numbers['tokens_kept'] / numbers['tokens']:.1%} of the tokens"

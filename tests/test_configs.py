@@ -20,7 +20,14 @@ CLASSES = {
 BLOCKS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem in preprocess.BLOCKS)
 RECIPES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(BLOCKS))
 CLASSES["quiz.yaml"] = CLASSES["generate.yaml"]  # configs/quiz.yaml: how a quiz is asked, of any recipe's run
-WRITTEN = ("train.jsonl", "facts.jsonl", "answers.jsonl", "report.json", "SOURCES.md", "training_log.jsonl")  # by the scripts
+WRITTEN = (
+    "train.jsonl",
+    "facts.jsonl",
+    "answers.jsonl",
+    "report.json",
+    "SOURCES.md",
+    "training_log.jsonl",
+)  # by the scripts
 DOCS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -1,8 +1,8 @@
-"""What the patterns of configs/three_kingdoms/facts.yaml find: how much of it is right, how much of the asked is found.
+"""What the patterns of configs/three_kingdoms/facts.yaml find: how much is right, how much of what is asked is found.
 
-`facts_checked.jsonl` holds facts drawn at random and judged by readers; `unseen_articles.jsonl` 20 articles whose writer
-had not seen the patterns, `unseen_facts.jsonl` what another reader would ask about them. The patterns were written from
-data/sample_articles.jsonl alone.
+`facts_checked.jsonl` holds facts drawn at random and judged by readers, `unseen_articles.jsonl` 20 articles by a writer
+who had not seen the patterns, `unseen_facts.jsonl` what another reader would ask about them. The patterns were written
+from other articles.
 """
 
 import re

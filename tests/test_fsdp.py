@@ -86,6 +86,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(sharded_run, recipe, fp32_
     assert same(weights(again / "final"), weights(output_dir / "final")) and losses(again) == losses(output_dir)
 
 
+def test_frozen_embeddings_stay_as_they_are(recipe, tiny_model, fp32_config, tmp_path):
+    """Under FSDP, over an interruption, and in one process: only the embeddings are the base model's."""
+    frozen = ("--freeze_embeddings", "true")
+    launch(fp32_config, "--config", recipe, "--output_dir", tmp_path / "two", *PLAIN, *frozen)
+    shutil.rmtree(tmp_path / "two" / "final")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-8")
+    launch(fp32_config, "--config", recipe, "--output_dir", tmp_path / "two", *PLAIN, *frozen)
+    one = ("--gradient_accumulation_steps", "2")  # the same batches
+    result = script("train.py", "--config", recipe, "--output_dir", tmp_path / "one", *PLAIN, *frozen, *one)
+    assert "of them frozen" in result.stdout
+    base, one, two = (weights(folder) for folder in (tiny_model, tmp_path / "one/final", tmp_path / "two/final"))
+    embeddings = "model.embed_tokens.weight"
+    assert torch.equal(one[embeddings], base[embeddings]) and torch.equal(two[embeddings], base[embeddings])
+    changed = [name for name in base if name != embeddings and not torch.equal(one[name], base[name])]
+    assert len(changed) == len(base) - 1
+    for name in changed:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    result = script("train.py", "--config", recipe, "--output_dir", tmp_path / "one", *PLAIN, ok=False)
+    assert result.returncode == 2 and "freeze_embeddings: True -> None" in result.stderr
+
+
 def test_evaluation_under_fsdp(recipe, fp32_config, tmp_path):
     """The quiz's loss and accuracy are logged by name, and are those of one process."""
     evaluate = ("--eval_file", "data/quiz.jsonl", "--eval_strategy", "steps", "--eval_steps", "4", "--max_steps", "4")
