@@ -1,7 +1,7 @@
 """What the patterns of configs/three_kingdoms/facts.yaml find: how much is right, how much of what is asked is found.
 
-`facts_checked.jsonl` holds facts drawn at random and judged by readers, `unseen_articles.jsonl` 20 articles by a writer
-who had not seen the patterns, `unseen_facts.jsonl` what another reader would ask about them. The patterns were written
+`facts_checked.jsonl` holds facts drawn at random and judged by readers, `unseen_articles.jsonl` 20 articles by one
+who had not seen the patterns, `unseen_facts.jsonl` what another would ask about them. The patterns were written
 from other articles.
 """
 
