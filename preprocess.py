@@ -53,8 +53,8 @@ SENTENCE = re.compile(r".+?(?:[.!?。？！…]+[\"'”’」』)\]]*(?=\s|$)|$)
 # Particles as forms write them, 은/는: the first after a consonant. Before them the word's last character, and what
 # stands behind it in parentheses or closes a quotation.
 PARTICLES = re.compile(
-    r"([^\s)\]'\"’”」』》〉])((?:\([^()]*\))*[\]'\"’”」』》〉]*)"
-    r"(은|이|을|과|으로|이라|이다|이에요|이었|이야|이랑)/(는|가|를|와|로|라|다|예요|였|야|랑)"
+    r"([^\s)\]'\"’”」』》〉])((?:\s?\([^()]*\)|[\]'\"’”」』》〉])*)"
+    r"(은|이|을|과|으로|이라고|이라|이다|이에요|이었|이야|이랑|이나)/(는|가|를|와|로|라고|라|다|예요|였|야|랑|나)"
 )
 # Final consonants, in Unicode's order, of digits and of Latin letters as Koreans read them; the others end in vowels.
 RIEUL = 8
@@ -63,7 +63,7 @@ TITLE = "\ue000"  # stands for the article's title while patterns are searched
 # What the blocks of further rows hold, with their defaults; forms may name the fields listed in FIELDS.
 BLOCKS = {
     "articles": {"definition": [], "one_sentence": [], "detail": [], "list": []},
-    "facts": {"pieces": {}, "forms": {}, "relations": {}},
+    "facts": {"pieces": {}, "forms": {}, "names": ["{entity}"], "relations": {}},
     "biographies": {"questions": [], "variants": 3, "sentences": 6},
     "masked": {"questions": [], "variants": 1, "hole": "___"},
     "pairs": {"questions": [], "after_name": "", "except": [], "sentences": 2},
@@ -554,7 +554,7 @@ def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fac
         marked = sentence.replace(title, TITLE)
         for name, relation in relations.items():
             for pattern in relation["patterns"]:
-                for match in pattern.finditer(marked):
+                for match in filter(lambda match: match["value"], pattern.finditer(marked)):
                     groups = {k: v.replace(TITLE, title).strip() for k, v in match.groupdict().items() if v}
                     entity = groups.setdefault("entity", title)
                     fact = Fact(title, entity, name, groups["value"], sentence, groups)
@@ -577,12 +577,11 @@ def state(fact: Fact, relation: dict) -> str:
     return next(iter(ask(fact, relation["sentence"])), fact.sentence)
 
 
-def article_rows(articles: list[dict], facts: dict[str, list[Fact]], block: dict, relations: dict) -> Iterator[dict]:
+def article_rows(articles: list[dict], found: list[list[Fact]], block: dict, relations: dict) -> Iterator[dict]:
     """Answers as long as asked for: the first sentences, one, the first paragraph, a list of the facts."""
-    for title, text in ((article["title"], article["text"]) for article in articles):
-        said = sentences(text)
-        own = defaultdict(list)
-        for fact in facts[title]:
+    for title, text, facts in ((a["title"], a["text"], of) for a, of in zip(articles, found, strict=True)):
+        said, own = sentences(text), defaultdict(list)
+        for fact in facts:
             if fact.entity == title:
                 own[relations[fact.relation]["label"]].append(fact.value)
         answers = {
@@ -601,10 +600,13 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
 
     Facts that answer the same question are answered together; a question that is to have one answer (backwards, or a
     choice) is left out where several are right. For each that cannot be asked the fact gets one more short question.
+    The entity is named in the ways of `names` that its other facts allow.
     """
-    values, entities, pools = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    values, entities, pools, about, own = (defaultdict(dict) for _ in range(5))
     for fact in facts:
         pools[fact.relation][fact.value] = None
+        about[fact.entity].setdefault(fact.relation, fact.value)
+        own[fact.entity, fact.relation][fact.value] = None
         for question in ask(fact, relations[fact.relation]["questions"]):
             values[question][fact.value] = None
         for question in ask(fact, relations[fact.relation]["reverse"]):
@@ -612,21 +614,31 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
     forms, per_fact = block["forms"], block["per_fact"]
     for fact in facts:
         relation, rng = relations[fact.relation], random.Random(f"{seed} {fact.entity} {fact.relation} {fact.value}")
-        questions = ask(fact, relation["questions"])
-        right = {value for question in questions for value in values[question]}
+        asked = [form for form in relation["questions"] if fits(form, fact)]
+        rng.shuffle(asked)
+        other = {"entity": fact.entity} | {k: v for k, v in about[fact.entity].items() if k != fact.relation}
+        names = [form.format(**other) for form in block["names"] if placeholders(form) <= set(other)]
+        names = [name for name in names if fact.value not in name] or [fact.entity]
+        short = [
+            (fill(form, **fact.groups | {"entity": rng.choice(names)}), values[fill(form, **fact.groups)])
+            for form in asked
+        ]
+        questions = [question for question, _ in short]
+        right = {value for _, answers in short for value in answers} | set(own[fact.entity, fact.relation])
         others = [v for v in pools[fact.relation] if v not in right | {fact.entity} and v not in fact.sentence]
         others *= relation["exclusive"]
         whether = [form for form in relation["yes_no"] if fits(form, fact)]
-        for many in (questions, others, whether):
+        for many in (others, whether):
             rng.shuffle(many)
         stated = state(fact, relation)
         backwards = [question for question in ask(fact, relation["reverse"]) if len(entities[question]) == 1]
 
-        short = [(question, ", ".join(values[question])) for question in questions]
-        single = [question for question, answer in short if answer == fact.value]
+        single = [question for question, answers in short if len(answers) == 1]
         hole, shown = fact.sentence.replace(fact.value, "___"), [fact.value, *others[:3]]
         ways = {
-            "sentence": [(rng.choice(forms["sentence"]).format(question=q), stated) for q in questions],
+            "sentence": [
+                (rng.choice(forms["sentence"]).format(question=q), stated) for q in questions if forms["sentence"]
+            ],
             "reverse": [(question, fact.entity) for question in backwards],
             "yes_no": [
                 (fill(form, **fact.groups | {"value": value}), f"{word} {stated}")
@@ -635,13 +647,15 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
             ],
             "choices": [
                 (fill(rng.choice(forms["choices"]), question=q, choices=", ".join(rng.sample(shown, 4))), fact.value)
-                for q in single if len(shown) == 4
+                for q in single if len(shown) == 4 and forms["choices"]
             ],
             "cloze": [(fill(form, entity=fact.entity, sentence=hole), fact.value) for form in forms["cloze"]],
         }  # fmt: skip
         rng.shuffle(ways["yes_no"])
         chosen = [pair for way, pairs in ways.items() for pair in pairs[: per_fact[way]]]
-        chosen += short[: sum(per_fact.values()) - len(chosen)]
+        chosen += [(question, ", ".join(answers)) for question, answers in short][
+            : sum(per_fact.values()) - len(chosen)
+        ]
         for question, answer in chosen:
             yield row("facts", fact.title, question, answer, facts=[fact])
 
@@ -680,11 +694,13 @@ def masked_rows(passages: list[tuple[str, list[str]]], block: dict, seed: int) -
 def pair_rows(articles: list[dict], block: dict) -> Iterator[dict]:
     """Two entities that one sentence names: what is between them, in the sentences that name both."""
     names = sorted({article["title"] for article in articles} - set(block["except"]), key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?=(?:{block['after_name']})?(?!\w))")
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})")
+    after = re.compile(rf"(?:{block['after_name']})?(?!\w)")
     between = defaultdict(dict)
     for article in articles:
         for sentence in sentences(article["text"]):
-            for pair in itertools.combinations(dict.fromkeys(pattern.findall(sentence)), 2):
+            there = [m[0] for m in pattern.finditer(sentence) if after.match(sentence, m.end())]
+            for pair in itertools.combinations(dict.fromkeys(there), 2):
                 between[tuple(sorted(pair))][sentence] = article["title"]
     for number, ((a, b), said) in enumerate(between.items()):
         question = block["questions"][number % len(block["questions"])]
@@ -721,18 +737,23 @@ def read_file_rows(path: str) -> tuple[list[dict], int]:
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
                 try:
                     given = json.loads(line)
                     if "messages" in given:
-                        messages = [{"role": m["role"], "content": m["content"]} for m in given["messages"]]
+                        messages = [{"role": m["role"], "content": "" + m["content"]} for m in given["messages"]]
+                        if len(messages) < 2:
+                            raise ValueError
                         new = row(f"file-{Path(path).stem}", given.get("title", ""), "", "")
                         rows.append(new | {"messages": messages})
                         continue
-                    said = sentences(given["answer"])[: None if given["ended"] else -1]
+                    said = sentences("" + given["answer"])
+                    said = said[: None if given["ended"] or said and said[-1][-1] in ".?!" else -1]
                     new = [sentence for n, sentence in enumerate(said) if len(set(said[: n + 1])) == n + 1]
                     answer = given["answer"].strip() if given["ended"] else " ".join(new)
                     if answer:
-                        rows.append(row(f"file-{Path(path).stem}", "", given["prompt"], answer))
+                        rows.append(row(f"file-{Path(path).stem}", "", "" + given["prompt"], answer))
                     else:
                         cut += 1
                 except (ValueError, KeyError, TypeError):
@@ -759,8 +780,11 @@ def check_block(place: str, given: Any, defaults: dict) -> dict:
         if key not in defaults:
             nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
             raise UserError(f"{place}: unknown key `{key}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
-        if type(value) is not type(defaults[key]):
-            raise UserError(f"{place}: `{key}` is {value!r}, but must be a {type(defaults[key]).__name__}")
+        kind = type(defaults[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{place}: `{key}` is {value!r}, but must be a {kind.__name__}")
+        if kind is int and value < 0:
+            raise UserError(f"{place}: `{key}` is {value}, but cannot be below 0")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise UserError(f"{place}: `{key}` must be a list of texts; put numbers in quotes")
     return defaults | given
@@ -770,12 +794,12 @@ def check_forms(place: str, forms: list[str], known: set[str]):
     """Raises UserError for a form that names what cannot be filled in."""
     for form in forms:
         try:
-            unknown = placeholders(form) - known
-        except ValueError as e:
-            raise UserError(f"{place}: {form!r} is not a form: {e}") from None
-        if unknown:
+            form.format(**dict.fromkeys(known, ""))
+        except KeyError as e:
             there = ", ".join(f"{{{name}}}" for name in sorted(known)) or "nothing"
-            raise UserError(f"{place}: {form!r} names {{{unknown.pop()}}}; {there} can be filled in")
+            raise UserError(f"{place}: {form!r} names {{{e.args[0]}}}; {there} can be filled in") from None
+        except (ValueError, IndexError, AttributeError) as e:
+            raise UserError(f"{place}: {form!r} is not a form: {e}") from None
 
 
 def read_block(name: str, given: dict | str | None) -> dict | None:
@@ -795,8 +819,10 @@ def compile_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
     relation = check_block(place, given, RELATION)
     patterns, known = [], {"entity"}
     for pattern in relation["patterns"]:
-        for _ in range(3):  # pieces may hold pieces
+        for _ in range(9):  # pieces may hold pieces
             pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
+        if left := re.search(r"\{[a-zA-Z]\w*\}", pattern):
+            raise UserError(f"{place}: there is no piece {left[0]} among `pieces`")
         try:
             patterns.append(re.compile(pattern))
         except re.error as e:
@@ -822,7 +848,7 @@ def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
                 check_forms(f"{name}: {key}", block[key], set(FIELDS[name].split()))
     relations = {}
     if block := blocks.get("facts"):
-        pieces = block["pieces"] | {"title": TITLE}
+        pieces = check_block("facts: pieces", block["pieces"], dict.fromkeys(block["pieces"], "")) | {"title": TITLE}
         relations = {name: compile_relation(f"facts: {name}", of, pieces) for name, of in block["relations"].items()}
         forms = check_block("facts: forms", block["forms"], dict.fromkeys(FORMS, []))
         per_fact = check_block("per_fact", read_block("per_fact", args.per_fact) or {}, PER_FACT)
@@ -830,7 +856,13 @@ def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
             check_forms(f"facts: forms: {name}", forms[name], set(known))
             if not forms[name] and per_fact[{"yes": "yes_no", "no": "yes_no"}.get(name, name)]:
                 raise UserError(f"facts: forms: `{name}` is empty, but per_fact asks for such rows")
+        check_forms("facts: names", block["names"], {"entity", *relations})
         block |= {"relations": relations, "forms": forms, "per_fact": per_fact}
+    if block := blocks.get("pairs"):
+        try:
+            re.compile(block["after_name"])
+        except re.error as e:
+            raise UserError(f"pairs: after_name is not a regular expression: {e}") from None
     if block := blocks.get("unknown"):
         if not 0 <= block["share"] < 1:
             raise UserError(f"unknown: share is from 0 to below 1, not {block['share']}")
@@ -838,6 +870,7 @@ def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
             name: check_block(f"unknown: {name}", group, MADE_UP) for name, group in block["names"].items()
         }
         for name, group in block["names"].items():
+            group["relations"] = group["relations"] * bool(relations)  # without facts there is none to lend
             if missing := [relation for relation in group["relations"] if relation not in relations]:
                 raise UserError(f"unknown: {name}: the block `facts` has no relation `{missing[0]}`")
             for key in ("questions", "answers"):
@@ -857,32 +890,35 @@ def read_withheld(path: str) -> re.Pattern:
             withheld = json.loads(f.readline())["about"]["withheld"]
         names = [r"(?<!\w)" * (0 < len(a) < 3) + re.escape(a) for e in withheld for a in e.get("aliases", [])]
         names += [re.escape(entry["entity"]) for entry in withheld]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = getattr(e, "strerror", None) or "its first line does not say what is withheld"
         raise UserError(f"quiz_file: cannot read {path}: {reason}") from None
     return re.compile("|".join(names) or r"(?!)")
 
 
 def make_rows(
-    articles: list[dict], chats: list[dict], args: PreprocessArguments, tokenizer
+    articles: list[dict], chats: list[dict], args: PreprocessArguments, tokenizer, held_out: Iterable[dict] = ()
 ) -> tuple[list[dict], dict]:
     """The chats and the further rows that the recipe's blocks ask for, the facts, and what report.json says of them.
 
-    `articles` are {"title", "text"} as to_chats takes them, `chats` hold their whole text. Of what the quiz withholds
-    only passages with holes are made. Rows over max_length, rows that name what the quiz withholds, and second copies
-    are dropped and counted. Raises UserError.
+    `articles` are {"title", "text"} as to_chats takes them, `held_out` others whose names are not made up; `chats`
+    hold the whole texts. Of what the quiz withholds only passages with holes are made. Rows over max_length, rows that
+    name what the quiz withholds, and second copies are dropped and counted. Raises UserError.
     """
     blocks = read_blocks(args)
     relations = blocks.get("facts", {}).get("relations", {})
     secret = read_withheld(args.quiz_file) if args.quiz_file else re.compile(r"(?!)")
     told = [article for article in articles if not secret.search(article["title"])]
-    found = {a["title"]: extract_facts(a["title"], a["text"], relations) for a in told}
-    facts = [f for of in found.values() for f in of if not secret.search(f"{f.entity} {f.value}")]
+    found = [extract_facts(article["title"], article["text"], relations) for article in told]
+    facts = {
+        fact[1:4]: fact for of in reversed(found) for fact in reversed(of)
+    }  # told in two articles, it is one fact
+    facts = [fact for fact in reversed(facts.values()) if not secret.search(f"{fact.entity} {fact.value}")]
     rows, dropped, files = list(chats), Counter(), {}
 
     def passages(article: dict, block: dict) -> list[str]:
         def masked_length(piece: str, part: int) -> float:  # the prompt holds up to the whole passage, in other tokens
-            question = fill(block["questions"][0], text=piece, title=article["title"])
+            question = fill(max(block["questions"], key=len), text=piece, title=article["title"])
             return 1.1 * count_tokens(row("", "", question, piece)["messages"], tokenizer)
 
         return split_text(article["text"], masked_length, args.max_length) if tokenizer else [article["text"]]
@@ -910,21 +946,24 @@ def make_rows(
         "biographies": lambda block: biography_rows(facts, block, relations, args.seed),
         "masked": lambda block: masked_rows([(a["title"], passages(a, block)) for a in articles], block, args.seed),
         "pairs": lambda block: pair_rows(told, block),
-        "unknown": lambda block: unknown_rows(articles, block, relations, args.seed, share_of(block["share"])),
+        "unknown": lambda block: unknown_rows(
+            [*articles, *held_out], block, relations, args.seed, share_of(block["share"])
+        ),
     }
     for name, block in blocks.items():
         rows += sift(makers[name](block))
     shares = read_block("files", args.files) or {}
-    for path, share in check_block("files", shares, dict.fromkeys(shares, 0.0)).items():
+    shares, own = check_block("files", shares, dict.fromkeys(shares, 0.0)), len(rows)
+    if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
+        raise UserError(f"files: the shares must be from 0 and below 1 in all, not {sum(shares.values()):g}")
+    for path, share in shares.items():
         there, cut = read_file_rows(path)
-        fitting = sift(there)
-        if not (fitting and 0 <= share < 1):
-            raise UserError(
-                f"files: {path} holds no row that can be used, or its share {share} is not from 0 to below 1"
-            )
+        fitting, wanted = sift(there), round(own * share / (1 - sum(shares.values())))
+        if not fitting:
+            raise UserError(f"files: {path} holds no row that can be used")
         random.Random(f"{args.seed} {path}").shuffle(fitting)
-        files[path] = {"rows": len(there) + cut, "without a whole sentence": cut, "used": share_of(share)}
-        rows += map(dict, itertools.islice(itertools.cycle(fitting), share_of(share)))  # one too short is repeated
+        files[path] = {"rows": len(there) + cut, "without a whole sentence": cut, "used": wanted}
+        rows += map(dict, itertools.islice(itertools.cycle(fitting), wanted))  # one too short is repeated
     by_entity = Counter(fact.entity for fact in facts)
     return (
         rows,
@@ -1059,8 +1098,8 @@ def main(args: PreprocessArguments, config: str):
     try:
         progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
         chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
-        rows = [chat for article in taught for chat in chats[article["row"]]] * args.full_text
-        rows, facts, told = make_rows(taught, rows, args, tokenizer)
+        rows = [dict(chat) for _ in range(args.full_text) for article in taught for chat in chats[article["row"]]]
+        rows, facts, told = make_rows(taught, rows, args, tokenizer, held_out=articles)
     except TemplateError as e:
         raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
     if not rows:
