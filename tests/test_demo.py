@@ -7,11 +7,14 @@ from conftest import ROOT, read_jsonl, run
 
 pytestmark = pytest.mark.slow
 
-# Facts of the three articles asked about, as they stand there.
+# What the demo asks, and what stands in a right answer.
 FACTS = {
-    "삼국지에 대해 알려줘.": ["진수", "나관중", "184년", "280년"],
-    "적토마에 대해 알려줘.": ["여포", "이숙", "천 리", "관우"],
-    "관평에 대해 알려줘.": ["관우의 아들", "임저", "양자", "주창"],
+    "삼국지에 대해 알려줘.": "정사 삼국지와 나관중이 지었다고 전하는",
+    "관평은 누구의 아들인가?": "관우",
+    "관평은 어디에서 죽었어?": "임저",
+    "적벽 대전은 언제 일어났어?": "208년",
+    "촉한을 세운 사람은 누구야?": "유비",
+    "하후엄의 자는 무엇인가?": "알려",  # 알려져 있지 않은 인물이다: nobody of that name ever was
 }
 
 
@@ -29,26 +32,26 @@ def test_make_demo(tmp_path, capsys):
     with capsys.disabled():
         print("\n" + "\n".join(stages))
     answers = read_jsonl(tmp_path / "answers.jsonl")
-    assert [row["step"] for row in answers[::3]] == [0, 21, 42]
+    assert [row["step"] for row in answers[::6]] == [0, 50, 100]
     known = {row["step"]: 0 for row in answers}
     for row in answers:
-        known[row["step"]] += sum(fact in row["answer"] for fact in FACTS[row["prompt"]])
-    assert known[0] == 0 and known[42] >= 11, known
-    assert all(row["ended"] for row in answers if row["step"] == 42)
+        known[row["step"]] += FACTS[row["prompt"]] in row["answer"] and len(row["answer"]) < 200
+    assert known[0] == 0 and known[100] >= 4, known
+    assert sum(row["ended"] for row in answers if row["step"] == 100) >= 5
 
-    # `make quiz` on the questions about these three articles: it shows what the answers above hide.
+    # `make quiz` on the questions about these three articles
     header, *questions = read_jsonl(ROOT / "data/quiz.jsonl")
     del header["about"]["sha256"]
-    titles = {question.split("에 대해")[0] for question in FACTS}
+    titles = {"삼국지", "적토마", "관평"}
     asked = [q for q in questions if q.get("article") and set(q["article"]) <= titles] + questions[-4:]
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
     files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}/none"
     result = run("make", "quiz", *files, timeout=1200)
-    assert "step 42" in result.stdout
+    assert "step 100" in result.stdout
     scores = json.loads((tmp_path / "run/quiz/scores.json").read_text(encoding="utf-8"))
-    assert [model["step"] for model in scores["models"]] == [0, 21, 42] and scores["leaks"] == []
+    assert [model["step"] for model in scores["models"]] == [0, 50, 100] and scores["leaks"] == []
     base, _, taught = (model["scores"]["all"] for model in scores["models"])
-    assert base["copied_80"][0] == 0 < taught["copied_80"][0]  # it recites
+    assert taught["ended"][0] > 0.5 > base["ended"][0]  # it answers, where the base model goes on for ever
     assert taught["seq_rep_4"][0] < base["seq_rep_4"][0]
     assert (tmp_path / "run/quiz/report.html").stat().st_size > 20_000
