@@ -152,6 +152,8 @@ def test_readme_names_what_exists(readme):
             "data/quiz.jsonl",
             "data/neutral.jsonl",
             "data/neutral_prompts.jsonl",
+            "data/instruments_articles.jsonl",
+            "data/instruments_quiz.jsonl",
         ):
             assert (ROOT / path).exists() or any(ROOT.glob(f"configs/*/{path}")) or path in WRITTEN, path
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
