@@ -632,7 +632,6 @@ def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Ite
             rng.shuffle(many)
         stated = state(fact, relation)
         backwards = [question for question in ask(fact, relation["reverse"]) if len(entities[question]) == 1]
-
         single = [question for question, answers in short if len(answers) == 1]
         hole, shown = fact.sentence.replace(fact.value, "___"), [fact.value, *others[:3]]
         ways = {

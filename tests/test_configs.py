@@ -157,7 +157,7 @@ def test_readme_names_what_exists(readme):
         ):
             assert (ROOT / path).exists() or any(ROOT.glob(f"configs/*/{path}")) or path in WRITTEN, path
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / target).exists(), target
+        assert (readme.parent / target).exists(), target
     commands = re.findall(r"^(?:accelerate launch|python) .*$", text, re.MULTILINE)
     assert len(commands) >= (6 if readme.name.startswith("README") else 3)
     for command in commands:

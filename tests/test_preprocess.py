@@ -140,7 +140,7 @@ def test_the_second_run_gives_the_same_bytes(three_kingdoms):
     before = {path.name: path.read_bytes() for path in output_dir.iterdir()}
     script("preprocess.py", *command)
     assert {path.name: path.read_bytes() for path in output_dir.iterdir()} == before
-    assert set(before) == {"train.jsonl", "report.json", "SOURCES.md", "lengths.png"}
+    assert set(before) == {"train.jsonl", "facts.jsonl", "report.json", "SOURCES.md", "lengths.png"}
 
 
 def test_contributors_are_in_no_output(sample, three_kingdoms):
@@ -261,7 +261,7 @@ def test_held_out_articles_are_written_apart(tiny_model, tmp_path):
     )
     script("preprocess.py", *line, "--output_dir", tmp_path / "all")
     result = script("preprocess.py", *line, "--output_dir", tmp_path / "some", "--held_out_share", "0.2")
-    every, taught = (read_jsonl(tmp_path / name / "train.jsonl") for name in ("all", "some"))
+    every, taught = (whole_texts(tmp_path / name) for name in ("all", "some"))
     held_out = read_jsonl(tmp_path / "some" / "held_out.jsonl")
     assert sorted(chat["id"] for chat in taught + held_out) == sorted(chat["id"] for chat in every)
     titles = [{chat["title"] for chat in chats} for chats in (taught, held_out)]
