@@ -1,8 +1,8 @@
 """What the patterns of configs/three_kingdoms/facts.yaml find: how much is right, how much of what is asked is found.
 
 `facts_checked.jsonl` holds facts drawn at random and judged by readers, `unseen_articles.jsonl` 20 articles by one
-who had not seen the patterns, `unseen_facts.jsonl` what another would ask about them. The patterns were written
-from other articles.
+who had not seen the patterns, `unseen_facts.jsonl` what another would ask about them. `more_articles.jsonl` are 24 by
+two others, in prose that varies on purpose, to make patterns more general with. Today's were written from the sample.
 """
 
 import re
@@ -27,7 +27,8 @@ def extract(articles: list[dict]) -> list[preprocess.Fact]:
 @pytest.fixture(scope="module")
 def found(sample) -> dict[str, list[preprocess.Fact]]:
     on_topic = [row for row in sample if row["title"] and row["text"] and row["title"] not in OFF_TOPIC]
-    return {"sample": extract(on_topic), "unseen": extract(read_jsonl(TESTS / "unseen_articles.jsonl"))}
+    others = {name: extract(read_jsonl(TESTS / f"{name}_articles.jsonl")) for name in ("unseen", "more")}
+    return {"sample": extract(on_topic)} | others
 
 
 def is_found(facts: list[preprocess.Fact], relation: str, answers: list[str], sentences: list[str]) -> bool:
@@ -48,14 +49,15 @@ def test_what_the_quiz_asks_is_found(found):
     assert sum(hits) >= 0.8 * len(asked)
 
 
-def test_what_a_reader_would_ask_of_other_articles_is_found(found):
-    gold = read_jsonl(TESTS / "unseen_facts.jsonl")
-    texts = {row["title"]: row["text"] for row in read_jsonl(TESTS / "unseen_articles.jsonl")}
+@pytest.mark.parametrize(("source", "least"), [("unseen", 0.45), ("more", 0.25)])  # wanted: 0.8
+def test_what_a_reader_would_ask_of_other_articles_is_found(found, source, least):
+    gold = read_jsonl(TESTS / f"{source}_facts.jsonl")
+    texts = {row["title"]: row["text"] for row in read_jsonl(TESTS / f"{source}_articles.jsonl")}
     assert len(gold) >= 150 and {row["article"] for row in gold} == set(texts)
     assert all(row["sentence"] in texts[row["article"]] and row["value"] in row["sentence"] for row in gold)
-    hits = [is_found(found["unseen"], r["relation"], [r["value"], *r["aliases"]], [r["sentence"]]) for r in gold]
-    print(f"recall on unseen articles: {sum(hits)} of {len(hits)}")
-    assert sum(hits) >= 0.45 * len(gold)  # wanted: 0.8
+    hits = [is_found(found[source], r["relation"], [r["value"], *r["aliases"]], [r["sentence"]]) for r in gold]
+    print(f"recall on {source} articles: {sum(hits)} of {len(hits)}")
+    assert sum(hits) >= least * len(gold)
 
 
 @pytest.mark.parametrize(("source", "number", "least"), [("sample", 200, 0.98), ("unseen", 150, 0.92)])  # wanted: 0.98
