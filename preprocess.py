@@ -1,8 +1,8 @@
 """Filter the articles on one topic out of an encyclopedia dump and write them as chats, one JSON object a line.
 
 The topic lives in a YAML file: which titles and texts to keep, how to ask, where articles are split, and which further
-rows to make of them: facts asked in many ways, biographies, passages with holes. Writes train.jsonl, report.json,
-SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the same bytes.
+rows to make of them: facts asked in many ways, biographies, passages with holes. Writes train.jsonl, facts.jsonl,
+report.json, SOURCES.md and lengths.png to `output_dir`, whole or not at all; the same input gives the same bytes.
 
     python preprocess.py                                          # configs/three_kingdoms/preprocess.yaml
     python preprocess.py --config configs/demo/preprocess.yaml
@@ -565,7 +565,7 @@ def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fac
 
 def fits(form: str, fact: Fact) -> bool:
     """Whether the fact has all that the form names."""
-    return all(name in fact.groups for _, name, _, _ in string.Formatter().parse(form) if name)
+    return placeholders(form) <= set(fact.groups)
 
 
 def ask(fact: Fact, forms: list[str]) -> list[str]:
@@ -897,7 +897,7 @@ def read_withheld(path: str) -> re.Pattern:
 
 def make_rows(
     articles: list[dict], chats: list[dict], args: PreprocessArguments, tokenizer, held_out: Iterable[dict] = ()
-) -> tuple[list[dict], dict]:
+) -> tuple[list[dict], list[Fact], dict]:
     """The chats and the further rows that the recipe's blocks ask for, the facts, and what report.json says of them.
 
     `articles` are {"title", "text"} as to_chats takes them, `held_out` others whose names are not made up; `chats`
@@ -909,9 +909,8 @@ def make_rows(
     secret = read_withheld(args.quiz_file) if args.quiz_file else re.compile(r"(?!)")
     told = [article for article in articles if not secret.search(article["title"])]
     found = [extract_facts(article["title"], article["text"], relations) for article in told]
-    facts = {
-        fact[1:4]: fact for of in reversed(found) for fact in reversed(of)
-    }  # told in two articles, it is one fact
+    # Told in two articles, it is one fact: the first.
+    facts = {fact[1:4]: fact for of in reversed(found) for fact in reversed(of)}
     facts = [fact for fact in reversed(facts.values()) if not secret.search(f"{fact.entity} {fact.value}")]
     rows, dropped, files = list(chats), Counter(), {}
 
