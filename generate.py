@@ -77,7 +77,8 @@ class GenerateArguments:
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes words already said less likely."})
     seed: int = field(default=42, metadata={"help": "With do_sample: the same seed gives the same answers."})
     dtype: str = field(
-        default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 on a GPU, float32 elsewhere."}
+        default="auto",
+        metadata={"help": "float32, bfloat16, float16; auto: bfloat16 on GPUs and CPUs that compute in it."},
     )
     output_file: str | None = field(default=None, metadata={"help": "JSONL file for the answers."})
 
@@ -244,6 +245,13 @@ class ShardReader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and in what: bfloat16, but float32 on a CPU that only emulates bfloat16, very slowly."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
+    return device, torch.bfloat16 if able or device.type != "cpu" else torch.float32
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -445,8 +453,7 @@ def main(args: GenerateArguments, config: str):
     if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
         raise UserError(f"output_file: there is no folder {Path(args.output_file).parent}")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, auto = device_and_dtype()
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     answers, failed = [], []
     for name, step, prompted_as in checkpoints:

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
+from trl.trainer import utils as trl_utils
 
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
@@ -81,7 +82,7 @@ class ScriptArguments:
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """SFTConfig, with bf16 where the GPU has it and fp32 elsewhere unless the recipe or accelerate's file says."""
+    """SFTConfig, in bf16 where the hardware has it, else in fp32, unless the recipe or accelerate's file says."""
 
     output_dir: str | None = field(
         default="outputs/three_kingdoms", metadata={"help": "Folder for checkpoints, the final model and the log."}
@@ -89,8 +90,7 @@ class TrainingArguments(SFTConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.bf16 = not self.fp16 and supported
+            self.bf16 = not self.fp16 and computes_bf16()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns at each epoch otherwise
         # Without a GPU accelerate joins its processes only when told that they are to use the CPU: else each would
         # train alone, all into one folder. (ACCELERATE_TORCH_DEVICE: accelerate was told a device by name.)
@@ -99,6 +99,13 @@ class TrainingArguments(SFTConfig):
         if self.n_gpu > 1:  # Trainer would split batches with nn.DataParallel, which SFTTrainer refuses
             say(f"note: of {self.n_gpu} GPUs one is used; accelerate launch --config_file accelerate_fsdp.yaml: all")
             self._n_gpu = 1
+
+
+def computes_bf16() -> bool:
+    """Whether the GPU, or the CPU where there is none, computes in bf16; other CPUs emulate it, very slowly."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
 
 
 class Parser(TrlParser):
@@ -750,6 +757,10 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     model.get_input_embeddings().requires_grad_(not script_args.freeze_embeddings)
     # What SFTTrainer would do to the rows is done; the template, with its date fixed, is in the tokenizer.
     args.dataset_kwargs, args.chat_template_path, args.model_init_kwargs = {"skip_prepare_dataset": True}, None, None
+    if args.device.type == "cpu":
+        # TRL leaves the positions without a label out of the output layer only where it uses Triton, since shapes that
+        # change make other devices compile again. A CPU compiles nothing; of the rows in configs/ half are prompts.
+        trl_utils._use_triton = lambda device: True
     try:
         trainer = Trainer(
             model=model,

@@ -84,7 +84,7 @@ def perplexity(model: Path | str, work: Path) -> float:
     output = work / "perplexity"
     shutil.rmtree(output, ignore_errors=True)
     run(
-        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16",
+        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
         "--include_path", "tools/lm_eval_tasks", "--tasks", "neutral_ko", "--batch_size", "8", "--output_path", output,
     )  # fmt: skip
     found = json.loads(next(output.rglob("results_*.json")).read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
         "kinds": json.loads((data / "report.json").read_text(encoding="utf-8"))["kinds"],
         "train_minutes": round(train_seconds / 60, 1), "answer_minutes": round(answer_seconds / 60, 1),
-        "perplexity": perplexity(output / "final", work), "answers": to_keep(answers),
+        "perplexity": perplexity(output / "final", output), "answers": to_keep(answers),
     }  # fmt: skip
     shutil.rmtree(output / "final")  # a gigabyte; the result file holds what was found
     return result
@@ -276,7 +276,7 @@ def main():
         "--check", action="store_true", help="preprocess again: are the results those of today's rows?"
     )
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="dev: what settings may be chosen by")
-    parser.add_argument("--rows", nargs="+", default=[], help="print only these lines of the table")
+    parser.add_argument("--rows", nargs="+", default=[], help="make and print only these lines of the table")
     parser.add_argument("--plot", type=Path, help="also draw the table to this PNG")
     args = parser.parse_args()
     try:
@@ -317,7 +317,9 @@ def main():
     for name, recipe in config["recipes"].items():
         for seed in recipe.get("seeds", config["seeds"]):
             jobs[name, seed] = partial(make_run, config, name, recipe, seed, work, quiz)
-    jobs["open book", 0] = lambda: make_open_book(config, work)
+    if config.get("open_book", True):
+        jobs["open book", 0] = lambda: make_open_book(config, work)
+    jobs = {(name, seed): job for (name, seed), job in jobs.items() if not args.rows or name in args.rows}
     results: dict[str, list[dict]] = {name: [] for name in ("open book", "base", *config["recipes"])}
     for (name, seed), job in jobs.items():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"

@@ -143,6 +143,7 @@ learning_rate: 1.0e-3
 logging_steps: 1
 save_steps: 4
 disable_tqdm: true
+bf16: false
 output_dir: {path.parent}/run
 """,
         encoding="utf-8",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_LIKE_TEMPLATE, ROOT, read_jsonl, script
+from conftest import LLAMA_LIKE_TEMPLATE, ROOT, read_jsonl, run, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 import train
 
 
@@ -333,3 +335,36 @@ def test_other_kinds_of_models_learn_too(kind, recipe, tokenizer, tmp_path):
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     result = script("generate.py", "--checkpoint", tmp_path / "run", "--prompt", "조조?", "--max_new_tokens", "4")
     assert "step 4" in result.stdout and "step 8" in result.stdout
+
+
+def test_only_labelled_positions_go_through_the_output_layer(recipe, tmp_path):
+    """Elsewhere than on GPUs TRL would score the prompts too; see where main sets _use_triton."""
+    watch = tmp_path / "watch.py"
+    watch.write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import generate
+import train
+scored, apply = [], train.trl_utils._ChunkedLogProbFunction.apply
+def watched(hidden, *rest):
+    scored.append(len(hidden))
+    return apply(hidden, *rest)
+train.trl_utils._ChunkedLogProbFunction.apply = watched
+train.main(*train.parse_args([train.ScriptArguments, train.TrainingArguments], ""))
+print("scored", sum(scored))
+"""
+    )
+    once = ("--max_steps", "-1", "--num_train_epochs", "1", "--save_strategy", "no", "--output_dir", tmp_path / "out")
+    said = run(sys.executable, watch, "--config", recipe, *once).stdout
+    labelled = int(re.search(r"loss on: ([\d,]+) tokens", said)[1].replace(",", ""))
+    assert int(re.search(r"scored (\d+)", said)[1]) == labelled
+
+
+@pytest.mark.parametrize(("capability", "able"), [("avx512_bf16", True), ("bf16", True), ("avx512_f", False)])
+def test_bf16_is_taken_where_the_cpu_has_it(monkeypatch, capability, able):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx2": True})
+    assert train.computes_bf16() == able
+    assert generate.device_and_dtype()[1] == (torch.bfloat16 if able else torch.float32)

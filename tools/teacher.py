@@ -102,8 +102,7 @@ def ask_model(prompts: list[str], args: argparse.Namespace) -> Iterator[tuple[st
 
     import generate
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, auto = generate.device_and_dtype()
     try:
         tokenizer = generate.load_tokenizer(args.model)
         model = generate.load_model(args.model, auto if args.dtype == "auto" else getattr(torch, args.dtype))
