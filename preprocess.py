@@ -78,6 +78,7 @@ RELATION = {
     "reverse": [],
     "yes_no": [],
     "exclusive": True,
+    "title_is": "",
 }
 FORMS = {"sentence": ["question"], "choices": ["question", "choices"], "cloze": ["entity", "sentence"]}
 FORMS |= {"yes": [], "no": []}
@@ -547,15 +548,19 @@ def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fac
     """The facts that the relations' patterns find in an article, each once, in the order of the text.
 
     A pattern is searched in each sentence by itself, in which the article's title is written as TITLE (`{title}` in
-    the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title.
+    the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title, if
+    the relation's `title_is` is found in the title and the text on the lines below it.
     """
     found = {}
+    fitting = {name for name, relation in relations.items() if relation["title_is"].search(f"{title}\n{text}")}
     for sentence in sentences(text):
         marked = sentence.replace(title, TITLE)
         for name, relation in relations.items():
             for pattern in relation["patterns"]:
                 for match in filter(lambda match: match["value"], pattern.finditer(marked)):
                     groups = {k: v.replace(TITLE, title).strip() for k, v in match.groupdict().items() if v}
+                    if "entity" not in groups and name not in fitting:
+                        continue
                     entity = groups.setdefault("entity", title)
                     fact = Fact(title, entity, name, groups["value"], sentence, groups)
                     if entity != fact.value:
@@ -817,7 +822,7 @@ def compile_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
     """A relation of the block `facts`, checked, its patterns compiled with their pieces put in. Raises UserError."""
     relation = check_block(place, given, RELATION)
     patterns, known = [], {"entity"}
-    for pattern in relation["patterns"]:
+    for pattern in [*relation["patterns"], relation["title_is"]]:
         for _ in range(9):  # pieces may hold pieces
             pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
         if left := re.search(r"\{[a-zA-Z]\w*\}", pattern):
@@ -826,12 +831,15 @@ def compile_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
             patterns.append(re.compile(pattern))
         except re.error as e:
             raise UserError(f"{place}: {pattern!r} is not a regular expression: {e}") from None
-        if "value" not in patterns[-1].groupindex:
-            raise UserError(f"{place}: {pattern!r} has no group (?P<value>…)")
         known |= set(patterns[-1].groupindex)
+    title_is = patterns.pop()
+    for pattern in patterns:
+        if "value" not in pattern.groupindex:
+            raise UserError(f"{place}: {pattern.pattern!r} has no group (?P<value>…)")
     for key in ("questions", "sentence", "reverse", "yes_no"):
         check_forms(f"{place}: {key}", relation[key], known)
-    return relation | {"patterns": patterns, "label": relation["label"] or place.rpartition(" ")[2]}
+    label = relation["label"] or place.rpartition(" ")[2]
+    return relation | {"patterns": patterns, "title_is": title_is, "label": label}
 
 
 def read_blocks(args: PreprocessArguments) -> dict[str, dict]:

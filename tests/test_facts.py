@@ -1,8 +1,9 @@
 """What the patterns of configs/three_kingdoms/facts.yaml find: how much is right, how much of what is asked is found.
 
-`facts_checked.jsonl` holds facts drawn at random and judged by readers, `unseen_articles.jsonl` 20 articles by one
-who had not seen the patterns, `unseen_facts.jsonl` what another would ask about them. `more_articles.jsonl` are 24 by
-two others, in prose that varies on purpose, to make patterns more general with. Today's were written from the sample.
+`facts_checked.jsonl` holds facts judged by readers: of the sample drawn at random, of the unseen articles all. The
+20 articles of `unseen_articles.jsonl` are by one who had not seen the patterns, and no pattern was written from them;
+`unseen_facts.jsonl` is what another reader would ask about them. Patterns were written from the sample and from the 44
+of `more_articles.jsonl`, by three others.
 """
 
 import re
@@ -49,7 +50,7 @@ def test_what_the_quiz_asks_is_found(found):
     assert sum(hits) >= 0.8 * len(asked)
 
 
-@pytest.mark.parametrize(("source", "least"), [("unseen", 0.45), ("more", 0.25)])  # wanted: 0.8
+@pytest.mark.parametrize(("source", "least"), [("unseen", 0.5), ("more", 0.8)])  # wanted: 0.8
 def test_what_a_reader_would_ask_of_other_articles_is_found(found, source, least):
     gold = read_jsonl(TESTS / f"{source}_facts.jsonl")
     texts = {row["title"]: row["text"] for row in read_jsonl(TESTS / f"{source}_articles.jsonl")}
@@ -60,7 +61,7 @@ def test_what_a_reader_would_ask_of_other_articles_is_found(found, source, least
     assert sum(hits) >= least * len(gold)
 
 
-@pytest.mark.parametrize(("source", "number", "least"), [("sample", 200, 0.98), ("unseen", 150, 0.92)])  # wanted: 0.98
+@pytest.mark.parametrize(("source", "number", "least"), [("sample", 300, 0.98), ("unseen", 200, 0.92)])  # wanted: 0.98
 def test_what_is_found_is_right(found, source, number, least):
     judged = {}
     for row in read_jsonl(TESTS / "facts_checked.jsonl"):
