@@ -32,12 +32,12 @@ def test_make_demo(tmp_path, capsys):
     with capsys.disabled():
         print("\n" + "\n".join(stages))
     answers = read_jsonl(tmp_path / "answers.jsonl")
-    assert [row["step"] for row in answers[::6]] == [0, 50, 100]
+    assert [row["step"] for row in answers[::6]] == [0, 80, 160]
     known = {row["step"]: 0 for row in answers}
     for row in answers:
         known[row["step"]] += FACTS[row["prompt"]] in row["answer"] and len(row["answer"]) < 250
-    assert known[0] == 0 and known[100] >= 3, known
-    assert sum(row["ended"] for row in answers if row["step"] == 100) >= 4
+    assert known[0] == 0 and known[160] >= 3, known
+    assert sum(row["ended"] for row in answers if row["step"] == 160) >= 4
 
     # `make quiz` on the questions about these three articles
     header, *questions = read_jsonl(ROOT / "data/quiz.jsonl")
@@ -48,9 +48,9 @@ def test_make_demo(tmp_path, capsys):
     quiz.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *asked]), encoding="utf-8")
     files = f"RUN={tmp_path}/run", f"QUIZ={quiz}", f"OPEN_BOOK={tmp_path}/none"
     result = run("make", "quiz", *files, timeout=2400)
-    assert "step 100" in result.stdout
+    assert "step 160" in result.stdout
     scores = json.loads((tmp_path / "run/quiz/scores.json").read_text(encoding="utf-8"))
-    assert [model["step"] for model in scores["models"]] == [0, 50, 100] and scores["leaks"] == []
+    assert [model["step"] for model in scores["models"]] == [0, 80, 160] and scores["leaks"] == []
     base, _, taught = (model["scores"]["all"] for model in scores["models"])
     assert taught["ended"][0] > 0.5 > base["ended"][0]  # it answers, where the base model goes on for ever
     assert taught["seq_rep_4"][0] < base["seq_rep_4"][0]
