@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
@@ -426,14 +427,19 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None):
     return tokenizer
 
 
+@cache
+def special_tokens(tokenizer) -> re.Pattern:
+    """What finds the tokenizer's special tokens in text, the longest first."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+
 def break_special_tokens(text: str, tokenizer) -> tuple[str, int]:
     """A zero-width space inside each of the tokenizer's special tokens, so that text cannot end or start a turn.
 
     Returns the text and how many were broken.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    return re.subn(pattern, lambda m: m[0][0] + "\u200b" + m[0][1:], text) if special else (text, 0)
+    return special_tokens(tokenizer).subn(lambda m: m[0][0] + "\u200b" + m[0][1:], text)
 
 
 def split_text(text: str, count_tokens: Callable[[str, int], int], max_length: int) -> list[str]:
@@ -940,10 +946,12 @@ def make_rows(
                 dropped["names what the quiz withholds"] += 1
             elif said in kept:
                 dropped["made twice"] += 1
-            elif count_tokens(new["messages"], tokenizer) > args.max_length:
-                dropped["over max_length"] += 1
             else:
-                kept[said] = new
+                new["tokens"] = count_tokens(new["messages"], tokenizer)
+                if new["tokens"] > args.max_length:
+                    dropped["over max_length"] += 1
+                else:
+                    kept[said] = new
         return list(kept.values())
 
     makers = {
@@ -1119,7 +1127,7 @@ def main(args: PreprocessArguments, config: str):
         new["id"] = new["id"] or f"{new['kind']}-{numbers[new['kind']]}"
     if len(numbers) > 1:  # whole articles alone stay in the dump's order
         random.Random(args.seed).shuffle(rows)
-    counts = [count_tokens(new["messages"], tokenizer) for new in [*rows, *held_out]] if tokenizer else []
+    counts = [new.pop("tokens", 0) or count_tokens(new["messages"], tokenizer) for new in [*rows, *held_out]]
     tokens = Counter()
     for new, count in zip(rows, counts, strict=False):
         tokens[new["kind"]] += count

@@ -97,10 +97,13 @@ def slug(name: str) -> str:
 
 
 def slice_of(quiz: Path, titles: list[str], output: Path):
-    """Writes the questions of a quiz on these articles, and those on what never was."""
+    """Writes the questions of a quiz on these articles (without titles: on all), and those on what never was."""
     about, questions = score.read_quiz(quiz)
     about = {key: value for key, value in about.items() if key != "sha256"}
-    rows = [q for q in questions.values() if q["tier"] == "N" or (q["article"] and set(q["article"]) <= set(titles))]
+    rows = [
+        q for q in questions.values()
+        if not titles or q["tier"] == "N" or (q["article"] and set(q["article"]) <= set(titles))
+    ]  # fmt: skip
     score.write(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"about": about}, *rows]))
 
 
@@ -115,7 +118,8 @@ def make_rows(config: dict, name: str, work: Path) -> tuple[Path, str]:
     data = work / slug(name)
     run(
         "preprocess.py", *shlex.split(config["preprocess"]), *shlex.split(config["recipes"][name]["preprocess"]),
-        "--data_files", config["articles"], "--only_titles", *config["titles"], "--quiz_file", config["quiz"],
+        "--data_files", config["articles"], "--quiz_file", config["quiz"],
+        *(["--only_titles", *config["titles"]] if config["titles"] else ["--only_titles="]),
         "--output_dir", data,
     )  # fmt: skip
     return data, hashlib.sha256((data / "train.jsonl").read_bytes()).hexdigest()
@@ -183,8 +187,8 @@ def cell(value: list[float] | None) -> str:
 def print_table(config: dict, results: dict[str, list[dict]], split: str, shown: list[str], plot: Path | None):
     """The table in Markdown: a line a recipe, the mean over its seeds with intervals over the questions."""
     about, questions = score.read_quiz(Path(config["quiz"]))
-    articles = [row for _, row in score.read_objects(Path(config["articles"])) if row["title"] in config["titles"]]
-    copies = score.Copies([row["text"] for row in articles])
+    articles = [row for _, row in score.read_objects(Path(config["articles"])) if row["text"]]
+    copies = score.Copies([row["text"] for row in articles if row["title"] in (config["titles"] or [row["title"]])])
     answered = {row["id"] for row in results["base"][0]["answers"]}
     asked = {q for q in answered if questions[q]["split"] == split}
 
@@ -281,6 +285,9 @@ def main():
     args = parser.parse_args()
     try:
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and "like" in config:  # another of these files, but for what stands here
+            other = yaml.safe_load((ROOT / config["like"]).read_text(encoding="utf-8"))
+            config = other | config | {"recipes": other["recipes"] | config.get("recipes", {})}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {args.config}: {getattr(e, 'strerror', None) or e}") from None
     needed = "quiz articles model_name_or_path tokens seeds titles preprocess train generate recipes".split()
