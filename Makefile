@@ -15,11 +15,6 @@ ARTICLES := data/sample_articles.jsonl
 OPEN_BOOK = outputs/open_book/$(basename $(notdir $(QUIZ)))
 ANSWERS := outputs/demo/answers.jsonl
 
-# glibc's allocator: keep freed memory and use huge pages. Otherwise much of each training step of the demo goes to
-# the kernel handing out fresh pages. Elsewhere (macOS, musl) these variables mean nothing.
-export THP_MEM_ALLOC_ENABLE = 1
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 200000000000
 export HF_HUB_OFFLINE ?= 1
 
 # $(call stage,NAME,COMMAND): runs the command and tells the time it took

@@ -10,10 +10,12 @@ step order) or a hub model. With `output_file` the answers are also written as J
 """
 
 import argparse
+import ctypes
 import difflib
 import json
 import os
 import pickle
+import platform
 import re
 import sys
 import time
@@ -247,6 +249,17 @@ class ShardReader(dcp.FileSystemReader):
         return metadata
 
 
+def keep_memory():
+    """Lets glibc keep freed memory, in huge pages: else much of the time on a CPU goes to the kernel's fresh pages.
+
+    Where the allocator is another (macOS, Windows, musl), or its settings are given (MALLOC_…), nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks for it when it first allocates
+        libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as malloc.h numbers them
+        libc.mallopt(max_mmaps, 0), libc.mallopt(trim_threshold, -1)
+
+
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """Where to compute, and in what: bfloat16, but float32 on a CPU that only emulates bfloat16, very slowly."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
@@ -454,6 +467,8 @@ def main(args: GenerateArguments, config: str):
         raise UserError(f"output_file: there is no folder {Path(args.output_file).parent}")
 
     device, auto = device_and_dtype()
+    if device.type == "cpu":
+        keep_memory()
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     answers, failed = [], []
     for name, step, prompted_as in checkpoints:

@@ -9,10 +9,12 @@ self-contained checkpoints, `final` (an ordinary Hugging Face folder), training_
 """
 
 import argparse
+import ctypes
 import difflib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -577,6 +579,17 @@ def say(text: str):
         print(text, flush=True)
 
 
+def keep_memory():
+    """Lets glibc keep freed memory, in huge pages: else much of the time on a CPU goes to the kernel's fresh pages.
+
+    Where the allocator is another (macOS, Windows, musl), or its settings are given (MALLOC_…), nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks for it when it first allocates
+        libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as malloc.h numbers them
+        libc.mallopt(max_mmaps, 0), libc.mallopt(trim_threshold, -1)
+
+
 def check_processes():
     """Raises UserError when the launcher started more processes than there are GPUs."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -693,6 +706,8 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         raise UserError("fsdp and deepspeed are not set here but by `accelerate launch --config_file FILE`")
     if args.packing and not args.max_length:
         raise UserError("packing needs max_length")
+    if args.device.type == "cpu":
+        keep_memory()
     disable_progress_bars()  # those of datasets: one for each step of packing, in every process
     output_dir, name = Path(args.output_dir), script_args.model_name_or_path
     model_kwargs = {

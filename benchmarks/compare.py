@@ -48,8 +48,6 @@ OWN_SETTINGS = (
     "data_files only_titles output_dir train_file model_name_or_path max_steps num_train_epochs seed save_strategy "
     "save_steps save_total_limit logging_steps report_to eval_file eval_strategy eval_steps quiz_file"
 ).split()
-# glibc's allocator, as in the Makefile: otherwise much of each step on a CPU goes to fresh pages.
-ALLOCATOR = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "200000000000"}
 
 
 def run(*command) -> tuple[str, float]:
@@ -61,7 +59,7 @@ def run(*command) -> tuple[str, float]:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        env={"HF_HUB_OFFLINE": "1", **ALLOCATOR, **os.environ},
+        env={"HF_HUB_OFFLINE": "1", **os.environ},
         check=False,
     )
     if result.returncode:

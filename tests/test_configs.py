@@ -125,6 +125,7 @@ def test_accelerate_reads_every_key_of_its_file():
 def test_the_scripts_share_their_parser_word_for_word():
     for name in ("parse_args", "Parser", "UserError"):
         assert len({inspect.getsource(getattr(module, name)) for module in (preprocess, train, generate)}) == 1
+    assert inspect.getsource(train.keep_memory) == inspect.getsource(generate.keep_memory)
 
 
 def test_the_readme_shows_the_committed_results(tmp_path):
