@@ -51,15 +51,17 @@ MAX_CHARACTERS_PER_TOKEN = 16
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
 SENTENCE = re.compile(r".+?(?:[.!?。？！…]+[\"'”’」』)\]]*(?=\s|$)|$)")
-# Particles as forms write them, 은/는: the first after a consonant. Before them the word's last character, and what
-# stands behind it in parentheses or closes a quotation.
+# Particles as forms write them: the first of a pair after a consonant. Before them the word's last character, or the
+# unit of a number, and what stands behind it in parentheses or closes a quotation.
+PAIRS = "은/는 이/가 을/를 과/와 으로/로 이라고/라고 이라/라 이다/다 이에요/예요 이었/였 이야/야 이랑/랑 이나/나"
 PARTICLES = re.compile(
-    r"([^\s)\]'\"’”」』》〉])((?:\s?\([^()]*\)|[\]'\"’”」』》〉])*)"
-    r"(은|이|을|과|으로|이라고|이라|이다|이에요|이었|이야|이랑|이나)/(는|가|를|와|로|라고|라|다|예요|였|야|랑|나)"
+    r"((?<=[0-9])(?:[ckm]?m|[km]?[gLl])|[^\s)\]'\"’”」』》〉])((?:\s?\([^()]*\)|[\]'\"’”」』》〉])*)"
+    rf"({PAIRS.replace(' ', '|')})"
 )
 # Final consonants, in Unicode's order, of digits and of Latin letters as Koreans read them; the others end in vowels.
 RIEUL = 8
 CODAS = {"0": 21, "1": 8, "3": 16, "6": 1, "7": 8, "8": 8, "l": 8, "m": 16, "n": 4, "r": 8}
+UNITS = {"m": 0, "g": 16, "l": 0}  # 미터, 그램, 리터
 TITLE = "\ue000"  # stands for the article's title while patterns are searched
 # What the blocks of further rows hold, with their defaults; forms may name the fields listed in FIELDS.
 BLOCKS = {
@@ -522,14 +524,16 @@ def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[di
 def agree(text: str) -> str:
     """Chooses in "관우은/는", "관우(關羽)과/와", "3을/를" the particle that goes with the word before it.
 
-    Digits and Latin letters count as they are read, what stands in parentheses is skipped. A word that ends in
+    Digits, units and Latin letters count as they are read, what stands in parentheses is skipped. A word that ends in
     anything else (曹操) keeps both, as Korean writes it: 은(는). (Of the libraries for this, hgtk and pyjosa know
     neither digits nor parentheses, tossi does not install on today's Python.)
     """
 
     def choose(match: re.Match) -> str:
-        last, closed, open_ = match[1], match[3], match[4]
-        if "가" <= last <= "힣":
+        last, (closed, open_) = match[1], match[3].split("/")
+        if match.start() and match.string[match.start() - 1].isdigit() and last[-1].lower() in UNITS:
+            coda = UNITS[last[-1].lower()]
+        elif "가" <= last <= "힣":
             coda = (ord(last) - ord("가")) % 28
         elif last.isascii() and last.isalnum():
             coda = CODAS.get(last.lower(), 0)
@@ -810,6 +814,9 @@ def check_forms(place: str, forms: list[str], known: set[str]):
             raise UserError(f"{place}: {form!r} names {{{e.args[0]}}}; {there} can be filled in") from None
         except (ValueError, IndexError, AttributeError) as e:
             raise UserError(f"{place}: {form!r} is not a form: {e}") from None
+        for pair in re.findall(r"\}([가-힣]+/[가-힣]+)", form):
+            if not PARTICLES.match(f"가{pair}"):
+                raise UserError(f"{place}: {form!r}: {pair} is no pair of particles; those known are {PAIRS}")
 
 
 def read_block(name: str, given: dict | str | None) -> dict | None:
@@ -990,6 +997,7 @@ def make_rows(
                 "by_relation": dict(Counter(fact.relation for fact in facts).most_common()),
                 "by_entity": dict(by_entity.most_common()),
                 "entities_without": [a["title"] for a in told if a["title"] not in by_entity],
+                "articles_withheld": len(articles) - len(told),
             },
         },
     )
@@ -1041,8 +1049,10 @@ def print_report(report: dict):
         console.print(table)
         facts = report["facts"]
         console.print(
-            f"{facts['total']:,} facts of {len(facts['by_entity']):,} entities; none of "
-            f"{', '.join(facts['entities_without'][:10]) or 'nobody'}; rows dropped: {report['rows_dropped']}"
+            f"{facts['total']:,} facts of {len(facts['by_entity']):,} entities"
+            + (f", none of {', '.join(facts['entities_without'][:10])}" if facts["entities_without"] else "")
+            + (f"; {facts['articles_withheld']:,} articles withheld" if facts["articles_withheld"] else "")
+            + f"; rows dropped: {report['rows_dropped']}"
         )
     tokens = report["tokens"]
     counted = (

@@ -943,6 +943,12 @@ def test_blocks_can_be_files_or_stand_on_the_command_line(tmp_path, preprocess_h
         ("문보이었/였다, 공명이었/였다", "문보였다, 공명이었다"),
         ("문보이라/라고, 공명이라/라는", "문보라고, 공명이라는"),
         ("문보이에요/예요? 공명이에요/예요?", "문보예요? 공명이에요?"),
+        (
+            "공명이라/라고 새납이라고/라고도 호적이라/라고도 문보이라고/라고",
+            "공명이라고 새납이라고도 호적이라고도 문보라고",
+        ),
+        # units as they are read behind a number: 미터, 킬로미터, 그램, 리터
+        ("1,567m이/가 3km은/는 2kg을/를 5g은/는 3L을/를 60cm과/와", "1,567m가 3km는 2kg을 5g은 3L를 60cm와"),
         # after what is skipped: Hanja in parentheses, quotation marks
         ("관우(關羽)은/는 손권(孫權)은/는", "관우(關羽)는 손권(孫權)은"),
         ("건업(建業)으로/로 물(水)으로/로 형주(荊州)으로/로", "건업(建業)으로 물(水)로 형주(荊州)로"),

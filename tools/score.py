@@ -92,6 +92,13 @@ def read_quiz(path: Path) -> tuple[dict, dict[str, dict]]:
         questions[question["id"]] = question
     if not questions:
         raise UserError(f"{path} holds no questions")
+    withheld = {entry["entity"] for entry in about.get("withheld", [])}
+    for question in questions.values() if withheld else []:
+        if question["tier"] == "B" and question.get("entity", "") not in withheld | {""}:
+            raise UserError(
+                f"{path} ({question['id']}): tier B asks about {question['entity']}, which is not among what the "
+                "first line withholds: preprocess.py would make questions about it"
+            )
     # The digest of everything but itself.
     lines = [line for _, line in read_lines(path)][1:]
     rest = json.dumps({k: v for k, v in about.items() if k != "sha256"}, ensure_ascii=False, sort_keys=True)
