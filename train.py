@@ -587,7 +587,8 @@ def keep_memory():
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks for it when it first allocates
         libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as malloc.h numbers them
-        libc.mallopt(max_mmaps, 0), libc.mallopt(trim_threshold, -1)
+        libc.mallopt(max_mmaps, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def check_processes():

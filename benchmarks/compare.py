@@ -285,7 +285,7 @@ def main():
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
         if isinstance(config, dict) and "like" in config:  # another of these files, but for what stands here
             other = yaml.safe_load((ROOT / config["like"]).read_text(encoding="utf-8"))
-            config = other | config | {"recipes": other["recipes"] | config.get("recipes", {})}
+            config = other | config | {"recipes": other.get("recipes", {}) | config.get("recipes", {})}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {args.config}: {getattr(e, 'strerror', None) or e}") from None
     needed = "quiz articles model_name_or_path tokens seeds titles preprocess train generate recipes".split()
@@ -322,13 +322,12 @@ def main():
     for name, recipe in config["recipes"].items():
         for seed in recipe.get("seeds", config["seeds"]):
             jobs[name, seed] = partial(make_run, config, name, recipe, seed, work, quiz)
-    if config.get("open_book", True):
-        jobs["open book", 0] = lambda: make_open_book(config, work)
-    jobs = {(name, seed): job for (name, seed), job in jobs.items() if not args.rows or name in args.rows}
+    jobs["open book", 0] = lambda: make_open_book(config, work)
     results: dict[str, list[dict]] = {name: [] for name in ("open book", "base", *config["recipes"])}
     for (name, seed), job in jobs.items():
         path = folder / f"{slug(name)}{f'-{seed}' if seed else ''}.json"
-        if not path.exists() and not args.table and not args.check:
+        wanted = not args.rows or name in args.rows
+        if wanted and not path.exists() and not args.table and not args.check:
             made = {
                 "name": name, "made_with": made_with(name), "commit": commit,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",

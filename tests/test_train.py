@@ -344,7 +344,6 @@ def test_only_labelled_positions_go_through_the_output_layer(recipe, tmp_path):
     watch.write_text(
         f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import generate
 import train
 scored, apply = [], train.trl_utils._ChunkedLogProbFunction.apply
 def watched(hidden, *rest):
