@@ -1,8 +1,11 @@
 """Real FSDP2 on two CPU processes over gloo: train, shard, go on, answer from the shards."""
 
 import json
+import os
 import pickle
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import yaml
 from conftest import ROOT, read_jsonl, run, script
 from test_train import losses, same, weights
 
+import generate
+
 pytestmark = pytest.mark.slow
 PLAIN = ("--packing", "false")  # an even number of sequences, so that one process can take the very same batches
 
@@ -19,6 +24,7 @@ PLAIN = ("--packing", "false")  # an even number of sequences, so that one proce
 def launch(config: Path, *arguments, fsdp: bool = True, ok: bool = True):
     """`accelerate launch --config_file config train.py …`, on processes that take themselves for GPUs if `fsdp`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command += ["--main_process_port", "0"]  # several tests may be at work
     command += [ROOT / "tests/gloo_fsdp.py", "train.py"] if fsdp else ["train.py"]
     env = {"OMP_NUM_THREADS": "1", **({"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {})}
     return run(*command, *arguments, env=env, ok=ok)
@@ -47,7 +53,8 @@ def sharded_run(recipe, fp32_config, tmp_path_factory):
 
 def test_the_run_was_sharded(sharded_run):
     output_dir, result = sharded_run
-    assert "FSDP: version 2, reshard_after_forward True" in result.stdout and "LlamaDecoderLayer" in result.stdout
+    assert "FSDP: version 2, 1 x the model over 2 devices, reshard_after_forward True" in result.stdout
+    assert "LlamaDecoderLayer" in result.stdout
     assert result.stdout.count("  recipe: ") == 1  # the first process speaks for all
     for step in (4, 8):
         shards = {path.name for path in (output_dir / f"checkpoint-{step}" / "pytorch_model_fsdp_0").iterdir()}
@@ -79,7 +86,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(sharded_run, recipe, fp32_
     again = tmp_path / "run"
     shutil.copytree(output_dir, again)
     shutil.rmtree(again / "final")
-    (again / "checkpoint-8" / "trainer_state.json").unlink()
+    (again / "checkpoint-8" / "manifest.json").unlink()
     result = launch(fp32_config, "--config", recipe, "--output_dir", again, *PLAIN)
     assert "checkpoint-8: it was not written to its end" in result.stdout
     assert f"going on from {again}/checkpoint-4" in result.stdout
@@ -132,6 +139,11 @@ def test_shards_answer_as_the_final_model(sharded_run, tmp_path):
     assert [row["answer"] for row in rows[:2]] == [row["answer"] for row in rows[2:]] and any(
         row["answer"] for row in rows
     )
+    ids = torch.arange(40).unsqueeze(0)
+    for dtype in (torch.float32, torch.bfloat16):  # the same numbers, buffers such as RoPE's frequencies too
+        models = [generate.load_model(str(output_dir / name), dtype) for name in ("checkpoint-8", "final")]
+        logits = [model.eval()(input_ids=ids).logits for model in models]
+        assert logits[0].dtype == dtype and torch.equal(*logits)
 
 
 def test_export_writes_tied_weights_once(sharded_run, tmp_path):
@@ -157,6 +169,7 @@ def test_a_planted_payload_is_refused(sharded_run, tmp_path):
         def __reduce__(self):
             return (Path.touch, (witness,))
 
+    (checkpoint / "manifest.json").unlink()  # which would tell of it before
     (checkpoint / "pytorch_model_fsdp_0" / ".metadata").write_bytes(pickle.dumps(Payload()))
     result = script("generate.py", "--checkpoint", checkpoint, "--prompt", "?", ok=False)
     assert result.returncode == 2 and "which no checkpoint needs" in result.stderr and not witness.exists()
@@ -187,4 +200,42 @@ def test_a_mistake_is_told_once_by_the_first_process(recipe, tmp_path):
 
 def test_plain_and_sharded_runs_do_not_continue_each_other(sharded_run, recipe):
     result = script("train.py", "--config", recipe, "--output_dir", sharded_run[0], *PLAIN, ok=False)
-    assert result.returncode == 2 and "sharding: SHARDED_STATE_DICT -> None" in result.stderr
+    assert result.returncode == 2 and "checkpoint-8 is of a run with FSDP" in result.stderr
+
+
+def test_two_machines_each_hold_a_copy_in_shards(sharded_run, recipe, tmp_path):
+    """accelerate_multinode.yaml as it stands, but with two machines on one, of two processes each, and in fp32."""
+    config = yaml.safe_load((ROOT / "accelerate_multinode.yaml").read_text(encoding="utf-8"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config |= {"mixed_precision": "no", "num_processes": 4, "main_process_port": port}
+    config["parallelism_config"]["parallelism_config_dp_shard_size"] = 2
+    (tmp_path / "multinode.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "multinode.yaml"]
+    line = [ROOT / "tests/gloo_fsdp.py", "train.py", "--config", recipe, "--output_dir", tmp_path / "run", *PLAIN]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    machines = [
+        subprocess.Popen(
+            list(map(str, [*command, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, *line])),
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [machine.communicate(timeout=600)[0] for machine in machines]
+    finally:  # a machine whose other one failed waits for it
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "2 x the model over 2 devices" in said[0] and "a step: 4 devices" in said[0]
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    script(
+        "train.py", "--config", recipe, "--output_dir", tmp_path / "one", *PLAIN, "--gradient_accumulation_steps", "4"
+    )
+    one, four = weights(tmp_path / "one" / "final"), weights(tmp_path / "run" / "final")
+    assert one.keys() == four.keys()
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
+    from_shards = generate.load_model(str(tmp_path / "run" / "checkpoint-8"), torch.float32).state_dict()
+    assert all(torch.equal(from_shards[name], weight) for name, weight in four.items())

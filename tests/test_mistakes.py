@@ -65,6 +65,12 @@ def test_command_lines(name):
     assert_mistake(script(name, "stray", ok=False), "what is 'stray'?")
 
 
+@pytest.mark.parametrize("name", ["preprocess.py", "train.py", "generate.py"])
+def test_help(name):
+    said = script(name, "--help").stdout
+    assert said.startswith(f"usage: {name}") and "output_" in said and "default: " in said
+
+
 def test_numbers_may_be_written_as_people_write_them(recipe, tmp_path, monkeypatch):
     """PyYAML takes 2e-5 for text; argparse reads it as the number it is."""
     config = tmp_path / "train.yaml"
@@ -110,7 +116,11 @@ def test_datasets_of_the_hub(tmp_path):
         ("a.parquet", b"PAR1 no"),
         ("a.csv", b'title,text\n"a'),
         ("a.jsonl", b""),
+        # Arrow reads both as files of empty columns.
+        ("a.jsonl", json.dumps({"title": "조조", "text": "위의 무제다."}).encode()),
+        ("a.jsonl", json.dumps({"title": "조조", "text": "위" * (3 << 20)}).encode() + b"\n"),
     ],
+    ids=["half a line", "no parquet", "open quote", "empty", "no line break", "18 MiB in a line"],
 )
 def test_broken_data_files(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -153,6 +163,9 @@ def test_no_room_and_no_folder(recipe, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = script(*PREPROCESS, "--output_dir", tmp_path / "file" / "out", ok=False)
     assert_mistake(result, "cannot write to")
+    result = script("train.py", "--config", recipe, "--output_dir", tmp_path / "file" / "run", ok=False)
+    assert_mistake(result, "cannot write to")
+    assert_mistake(script(*PREPROCESS, "--output_dir", ".", ok=False), "output_dir must be a folder of its own")
     run = ("train.py", "--config", recipe, "--output_dir", tmp_path / "run")
     result = script(*run, "--max_steps", "2000000000", "--save_steps", "1", ok=False)
     assert_mistake(result, "the checkpoints need", "are free; lower save_total_limit")
@@ -208,7 +221,7 @@ def test_a_chat_template_that_refuses_a_chat(recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns, "id": "a-1"}) + "\n")
     template = ("--chat_template_path", ROOT / "tools" / "gemma_chat_template.jinja")
     run_it = ("train.py", "--config", recipe, "--train_file", tmp_path / "train.jsonl", "--dry_run")
-    assert_mistake(script(*run_it, *template, ok=False), "row a-1: this template knows the roles user and assistant")
+    assert_mistake(script(*run_it, *template, ok=False), "row a-1", "knows the roles user and assistant")
     (tmp_path / "broken.jinja").write_text("{% if %}")
     assert_mistake(script(*run_it, "--chat_template_path", tmp_path / "broken.jinja", ok=False), "row a-1")
 
@@ -222,6 +235,33 @@ def test_a_tokenizer_without_chat_template(recipe, tiny_model, tmp_path):
     assert_mistake(script("generate.py", "--checkpoint", bare, "--prompt", "?", ok=False), "has no chat template")
     template = tiny_model / "chat_template.jinja"
     assert "dry run" in script(*run, "--chat_template_path", template).stdout
+
+
+def test_a_model_that_lacks_weights(recipe, tiny_model, tmp_path):
+    """transformers would draw them at random and go on."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tiny_model / "model.safetensors")
+    missing = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        {k: v for k, v in weights.items() if k != missing}, tmp_path / "model/model.safetensors", {"format": "pt"}
+    )
+    run = ("train.py", "--config", recipe, "--output_dir", tmp_path / "run")
+    assert_mistake(script(*run, "--model_name_or_path", tmp_path / "model", ok=False), "lacks weights", missing)
+    ask = ("generate.py", "--prompt", "?", "--checkpoint", tmp_path / "model")
+    assert_mistake(script(*ask, ok=False), "lacks weights", missing)
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model(tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["관운장"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    ask = ("generate.py", "--prompt", "관운장은?", "--checkpoint", tmp_path / "model")
+    assert_mistake(script(*ask, ok=False), "knows more tokens than its model")
 
 
 def test_generate(finished_run, tmp_path):
@@ -240,6 +280,8 @@ def test_generate(finished_run, tmp_path):
     )
     assert_mistake(told("--checkpoint", finished_run, "--output_file", "no/a.jsonl"), "there is no folder no")
     assert_mistake(told("--checkpoint", finished_run, "--dtype", "int3"), "dtype must be")
-    assert_mistake(told("--checkpoint", finished_run, "--batch_size", "0"), "must be at least 1")
+    assert_mistake(
+        told("--checkpoint", finished_run, "--batch_size", "0"), "batch_size must be from 1 to 65536, not 0"
+    )
     result = script("tools/export.py", "--checkpoint", finished_run, "--output_dir", tmp_path, ok=False)
     assert_mistake(result, "exists; choose a folder that does not")
