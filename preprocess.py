@@ -18,15 +18,21 @@ import json
 import os
 import random
 import re
+import reprlib
 import shutil
 import string
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
@@ -36,6 +42,8 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 import yaml
+from filelock import FileLock, Timeout
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
@@ -65,11 +73,11 @@ UNITS = {"m": 0, "g": 16, "l": 0}  # 미터, 그램, 리터
 TITLE = "\ue000"  # stands for the article's title while patterns are searched
 # What the blocks of further rows hold, with their defaults; forms may name the fields listed in FIELDS.
 BLOCKS = {
-    "articles": {"definition": [], "one_sentence": [], "detail": [], "list": []},
+    "articles": {"definition": [], "one_sentence": [], "detail": [], "list": [], "copies": 1},
     "facts": {"pieces": {}, "forms": {}, "names": ["{entity}"], "relations": {}},
     "biographies": {"questions": [], "variants": 3, "sentences": 6},
     "masked": {"questions": [], "variants": 1, "hole": "___"},
-    "pairs": {"questions": [], "after_name": "", "except": [], "sentences": 2},
+    "pairs": {"questions": [], "after_name": "", "except": [], "sentences": 2, "copies": 1},
     "unknown": {"share": 0.05, "names": {}},
 }
 FIELDS = {"articles": "title", "biographies": "entity", "masked": "title text", "pairs": "a b", "unknown": "entity"}
@@ -87,6 +95,10 @@ FORMS = {"sentence": ["question"], "choices": ["question", "choices"], "cloze": 
 FORMS |= {"yes": [], "no": []}
 MADE_UP = {"names": [], "questions": [], "relations": [], "answers": []}
 PER_FACT = {"short": 3, "sentence": 1, "reverse": 1, "yes_no": 1, "choices": 1, "cloze": 1}
+
+
+# What a chat template raises that cannot render: it is a program, and may divide by zero as well.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 
 class UserError(Exception):
@@ -175,6 +187,20 @@ class PreprocessArguments:
     output_dir: str = field(default="data/three_kingdoms", metadata={"help": "Folder that the files are written to."})
 
 
+class Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses characters that no file or path can hold."""
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\x00\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(None, None, "a NUL or half a character", node.start_mark)
+        return value
+
+
+# What its constructors raise for a value that is not what its tag or its form says, such as the date 2020-13-45.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 class Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
@@ -186,11 +212,14 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
     Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
     key (with the nearest known one) and a value of the wrong type. The three scripts share it word for word.
     """
-    parser = Parser(dataclass_types, allow_abbrev=False)
+    parser = Parser(dataclass_types, allow_abbrev=False, description=__doc__.partition("\n")[0])
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
     dict_fields = {name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])}
     argv, path = list(sys.argv[1:]), default_config
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        sys.exit()
     for i, arg in enumerate(argv):
         if arg == "--config" or arg.startswith("--config="):
             inline = arg.partition("=")[2]
@@ -200,16 +229,18 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
             del argv[i : i + (1 if inline else 2)]
             break
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        config = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader) or {}
     except OSError as e:
         raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except YAML_ERRORS as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
     for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
         argv.remove(arg)
         config[arg[2:-1]] = None
+    if any(re.search("[\ud800-\udfff]", arg) for arg in argv):
+        raise UserError("command line: its text is not UTF-8")
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
     for place, names in ((path, config), ("command line", given)):
         for name in map(str, names):
@@ -240,8 +271,8 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
             parser.set_defaults(**{key: value})
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    except (UserError, ValueError) as e:
-        raise UserError(f"{path} with the command line: {e}") from None
+    except Exception as e:  # the libraries check their settings, each in its own way
+        raise UserError(f"{path} with the command line: {' '.join(str(e).split())[:300]}") from None
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
@@ -289,11 +320,15 @@ def open_files(files: list[str], columns: list[str]) -> pyarrow.dataset.Dataset:
     try:
         there = pa.dataset.dataset(files, format=formats[suffix]).schema.names
         dataset = pa.dataset.dataset(files, format=formats[suffix], schema=schema)
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowException, OSError) as e:
         raise UserError(f"data_files: {files[0]} cannot be read as {suffix}: {first_line(e)}") from None
     for name in columns:
         if name not in there:
             raise UserError(f"{files[0]} has no column {name!r}; its columns are {', '.join(there)}")
+    for file in files if suffix == "jsonl" else []:
+        with open(file, "rb") as f:  # Arrow takes the columns of such a file for empty, without a word
+            if not f.readline(block).endswith(b"\n"):
+                raise UserError(f"{file}: its first line does not end with a line break within {block >> 20} MiB")
     return dataset
 
 
@@ -322,7 +357,7 @@ def open_hub(args: PreprocessArguments) -> tuple[pyarrow.dataset.Dataset, str]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300].rstrip(".")
 
 
 # ---- Filtering -----------------------------------------------------------------------------------------------------
@@ -405,8 +440,8 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as e:  # tokenizers raises nothing narrower
         gated = re.search(r"gated|\b40[13]\b", str(e)) or name_or_path.startswith(("meta-llama/", "google/"))
         mend = (
             "a gated model: accept its terms on its hub page and run `hf auth login`; configs/demo needs no login"
@@ -417,8 +452,9 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None):
     if chat_template_path:
         try:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-        except OSError as e:
-            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {e.strerror}") from None
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {reason}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {name_or_path} has no chat template; name a Jinja file in chat_template_path")
     tokenizer.chat_template = re.sub(
@@ -488,9 +524,26 @@ def row(kind: str, title: str, prompt: str, answer: str, id: str = "", facts: It
     return {"messages": messages, "title": title, "id": id, "kind": kind, "facts": list(facts)}
 
 
-def count_tokens(messages: list[dict], tokenizer) -> int:
-    """The tokens of a chat, the template's own included; 0 without a tokenizer."""
-    return len(tokenizer.apply_chat_template(messages, return_dict=False)) if tokenizer else 0
+def count_tokens(chats: list[list[dict]], tokenizer) -> list[int]:
+    """The tokens of each chat, the template's own included, on all cores; 0 without a tokenizer. Raises UserError."""
+    if not tokenizer:
+        return [0] * len(chats)
+    counts = []
+    try:
+        for start in range(0, len(chats), 1000):  # as many in memory
+            batch = tokenizer.apply_chat_template(chats[start : start + 1000], return_dict=False)
+            counts += map(len, batch)
+    except TEMPLATE_ERRORS as e:
+        where = tokenizer.name_or_path
+        raise UserError(f"the chat template of {where} cannot render a chat: {first_line(e)}") from None
+    return counts
+
+
+def count_rows(rows: Iterable[dict], tokenizer):
+    """Writes the "tokens" of each row into it, where they are not there yet."""
+    new = [row for row in rows if "tokens" not in row]
+    for row, tokens in zip(new, count_tokens([row["messages"] for row in new], tokenizer), strict=True):
+        row["tokens"] = tokens
 
 
 def clean_article(article: dict, title_suffix_pattern: str | None, tokenizer) -> dict:
@@ -510,7 +563,7 @@ def to_chats(article: dict, args: PreprocessArguments, tokenizer) -> Iterator[di
         return row("article", title, question, piece, id=f"article-{article['row']}-{part}")
 
     def length(piece: str, part: int) -> int:  # while splitting, room for three digits of parts
-        return count_tokens(chat(piece, part, 999)["messages"], tokenizer)
+        return count_tokens([chat(piece, part, 999)["messages"]], tokenizer)[0]
 
     pieces = split_text(text, length, args.max_length) if tokenizer and args.split_articles else [text]
     for part, piece in enumerate(pieces, 1):
@@ -554,28 +607,47 @@ def sentences(text: str) -> list[str]:
     return [match[0].strip() for line in text.split("\n") for match in SENTENCE.finditer(line) if match[0].strip()]
 
 
-def extract_facts(title: str, text: str, relations: dict[str, dict]) -> list[Fact]:
-    """The facts that the relations' patterns find in an article, each once, in the order of the text.
+def find_facts(name: str, relation: dict, articles: list[dict]) -> list[list[tuple]]:
+    """What a relation's patterns find in each article, each once: (number of the sentence, then what makes a Fact).
 
     A pattern is searched in each sentence by itself, in which the article's title is written as TITLE (`{title}` in
     the pattern). Its group `value` is the value, `entity` whom the fact is about: without it, the article's title, if
-    the relation's `title_is` is found in the title and the text on the lines below it.
+    the relation's `title_is` is found in the title and the text on the lines below it. Raises UserError.
     """
-    found = {}
-    fitting = {name for name, relation in relations.items() if relation["title_is"].search(f"{title}\n{text}")}
-    for sentence in sentences(text):
-        marked = sentence.replace(title, TITLE)
-        for name, relation in relations.items():
-            for pattern in relation["patterns"]:
-                for match in filter(lambda match: match["value"], pattern.finditer(marked)):
-                    groups = {k: v.replace(TITLE, title).strip() for k, v in match.groupdict().items() if v}
-                    if "entity" not in groups and name not in fitting:
-                        continue
-                    entity = groups.setdefault("entity", title)
-                    fact = Fact(title, entity, name, groups["value"], sentence, groups)
-                    if entity != fact.value:
-                        found.setdefault((entity, name, fact.value), fact)
-    return list(found.values())
+    compiled = []
+    for pattern in [relation["title_is"], *relation["patterns"]]:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as e:
+            raise UserError(f"facts: {name}: {shorten(pattern)} is not a regular expression: {e}") from None
+    title_is, *patterns = compiled
+    found = []
+    for title, text in ((article["title"], article["text"]) for article in articles):
+        own, fits_title = {}, title_is.search(f"{title}\n{text}")
+        for number, sentence in enumerate(sentences(text)):
+            marked = sentence.replace(title, TITLE)
+            for match in (match for pattern in patterns for match in pattern.finditer(marked) if match["value"]):
+                groups = {k: v.replace(TITLE, title).strip() for k, v in match.groupdict().items() if v}
+                if "entity" in groups or fits_title:
+                    entity, value = groups.setdefault("entity", title), groups["value"]
+                    if entity != value:
+                        own.setdefault((entity, value), (number, title, entity, name, value, sentence, groups))
+        found.append(list(own.values()))
+    return found
+
+
+def extract_facts(articles: list[dict], relations: dict[str, dict]) -> list[list[Fact]]:
+    """The facts of each article, in the order of its text. Raises UserError."""
+    tasks = [list(relations), list(relations.values()), itertools.repeat(articles, len(relations))]
+    bar = {"desc": "facts", "unit": " relations", "total": len(relations), "disable": None}
+    size = sum(len(pattern) for relation in relations.values() for pattern in relation["patterns"])
+    if size * (1 + sum(len(article["text"]) for article in articles) / 2**18) < 2**18:
+        found = list(map(find_facts, *tasks))
+    else:  # longer than it takes to start a process a core; one relation each, as reading its patterns is most of it
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            found = list(tqdm(pool.map(find_facts, *tasks), **bar))
+    by_article = ([of for one in found for of in one[i]] for i in range(len(articles)))
+    return [[Fact(*of) for _, *of in sorted(of_one, key=itemgetter(0))] for of_one in by_article]
 
 
 def fits(form: str, fact: Fact) -> bool:
@@ -605,9 +677,9 @@ def article_rows(articles: list[dict], found: list[list[Fact]], block: dict, rel
             "detail": text.strip().split("\n")[0],
             "list": "\n".join(f"- {label}: {', '.join(of)}" for label, of in own.items()) * (len(own) > 2),
         }
-        for name, forms in block.items():
-            for form in forms if answers[name] else []:
-                yield row("summary", title, fill(form, title=title), answers[name])
+        for name, answer in answers.items():
+            for form in block[name] if answer else []:
+                yield row("summary", title, fill(form, title=title), answer)
 
 
 def fact_rows(facts: list[Fact], block: dict, relations: dict, seed: int) -> Iterator[dict]:
@@ -756,7 +828,7 @@ def read_file_rows(path: str) -> tuple[list[dict], int]:
                 try:
                     given = json.loads(line)
                     if "messages" in given:
-                        messages = [{"role": m["role"], "content": "" + m["content"]} for m in given["messages"]]
+                        messages = [{"role": "" + m["role"], "content": "" + m["content"]} for m in given["messages"]]
                         if len(messages) < 2:
                             raise ValueError
                         new = row(f"file-{Path(path).stem}", given.get("title", ""), "", "")
@@ -770,7 +842,7 @@ def read_file_rows(path: str) -> tuple[list[dict], int]:
                         rows.append(row(f"file-{Path(path).stem}", "", "" + given["prompt"], answer))
                     else:
                         cut += 1
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise UserError(
                         f'files: {path}, line {number}: neither a chat {{"messages": …}} nor an answer of generate.py'
                     ) from None
@@ -782,6 +854,11 @@ def read_file_rows(path: str) -> tuple[list[dict], int]:
 # ---- The blocks of a recipe ----------------------------------------------------------------------------------------
 
 
+def shorten(value: Any) -> str:
+    """A value of a recipe as it is told: YAML's aliases can make a short file's value endless."""
+    return reprlib.repr(value)[:80]
+
+
 def placeholders(form: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(form) if name is not None}
 
@@ -789,14 +866,14 @@ def placeholders(form: str) -> set[str]:
 def check_block(place: str, given: Any, defaults: dict) -> dict:
     """A block with its defaults filled in. Raises UserError for an unknown key and a value of another type."""
     if not isinstance(given, dict):
-        raise UserError(f"{place} must hold `key: value` lines, not {given!r}")
+        raise UserError(f"{place} must hold `key: value` lines, not {shorten(given)}")
     for key, value in given.items():
         if key not in defaults:
             nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
             raise UserError(f"{place}: unknown key `{key}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
         kind = type(defaults[key])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{place}: `{key}` is {value!r}, but must be a {kind.__name__}")
+            raise UserError(f"{place}: `{key}` is {shorten(value)}, but must be a {kind.__name__}")
         if kind is int and value < 0:
             raise UserError(f"{place}: `{key}` is {value}, but cannot be below 0")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
@@ -824,31 +901,31 @@ def read_block(name: str, given: dict | str | None) -> dict | None:
     if not isinstance(given, str):
         return given
     try:
-        return yaml.safe_load(Path(given).read_text(encoding="utf-8") if given.endswith(".yaml") else given)
+        return yaml.load(Path(given).read_text(encoding="utf-8-sig") if given.endswith(".yaml") else given, Loader)
     except OSError as e:
         raise UserError(f"{name}: cannot read {given}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
+    except YAML_ERRORS as e:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
 
-def compile_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
-    """A relation of the block `facts`, checked, its patterns compiled with their pieces put in. Raises UserError."""
+def read_relation(place: str, given: Any, pieces: dict[str, str]) -> dict:
+    """A relation of the block `facts`, checked, the pieces put into its patterns. Raises UserError."""
     relation = check_block(place, given, RELATION)
-    patterns, known = [], {"entity"}
-    for pattern in [*relation["patterns"], relation["title_is"]]:
+
+    def put_in(pattern: str) -> str:
         for _ in range(9):  # pieces may hold pieces
             pattern = re.sub(r"\{([a-zA-Z]\w*)\}", lambda m: pieces.get(m[1], m[0]), pattern)
+            if len(pattern) > 2**20:
+                raise UserError(f"{place}: with its pieces {shorten(pattern)} is over a million characters")
         if left := re.search(r"\{[a-zA-Z]\w*\}", pattern):
             raise UserError(f"{place}: there is no piece {left[0]} among `pieces`")
-        try:
-            patterns.append(re.compile(pattern))
-        except re.error as e:
-            raise UserError(f"{place}: {pattern!r} is not a regular expression: {e}") from None
-        known |= set(patterns[-1].groupindex)
-    title_is = patterns.pop()
+        return pattern
+
+    patterns, title_is = [put_in(pattern) for pattern in relation["patterns"]], put_in(relation["title_is"])
     for pattern in patterns:
-        if "value" not in pattern.groupindex:
-            raise UserError(f"{place}: {pattern.pattern!r} has no group (?P<value>…)")
+        if "(?P<value>" not in pattern:
+            raise UserError(f"{place}: {shorten(pattern)} has no group (?P<value>…)")
+    known = {"entity", *re.findall(r"\(\?P<(\w+)>", " ".join([*patterns, title_is]))}
     for key in ("questions", "sentence", "reverse", "yes_no"):
         check_forms(f"{place}: {key}", relation[key], known)
     label = relation["label"] or place.rpartition(" ")[2]
@@ -864,12 +941,12 @@ def read_blocks(args: PreprocessArguments) -> dict[str, dict]:
             blocks[name] = block = check_block(name, given, defaults)
             if block.get("questions") == []:
                 raise UserError(f"{name}: `questions` is empty")
-            for key in set(block) & {"questions", *BLOCKS["articles"]}:
+            for key in set(block) & {"questions", "definition", "one_sentence", "detail", "list"}:
                 check_forms(f"{name}: {key}", block[key], set(FIELDS[name].split()))
     relations = {}
     if block := blocks.get("facts"):
         pieces = check_block("facts: pieces", block["pieces"], dict.fromkeys(block["pieces"], "")) | {"title": TITLE}
-        relations = {name: compile_relation(f"facts: {name}", of, pieces) for name, of in block["relations"].items()}
+        relations = {name: read_relation(f"facts: {name}", of, pieces) for name, of in block["relations"].items()}
         forms = check_block("facts: forms", block["forms"], dict.fromkeys(FORMS, []))
         per_fact = check_block("per_fact", read_block("per_fact", args.per_fact) or {}, PER_FACT)
         for name, known in FORMS.items():
@@ -910,7 +987,7 @@ def read_withheld(path: str) -> re.Pattern:
             withheld = json.loads(f.readline())["about"]["withheld"]
         names = [r"(?<!\w)" * (0 < len(a) < 3) + re.escape(a) for e in withheld for a in e.get("aliases", [])]
         names += [re.escape(entry["entity"]) for entry in withheld]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or "its first line does not say what is withheld"
         raise UserError(f"quiz_file: cannot read {path}: {reason}") from None
     return re.compile("|".join(names) or r"(?!)")
@@ -929,7 +1006,7 @@ def make_rows(
     relations = blocks.get("facts", {}).get("relations", {})
     secret = read_withheld(args.quiz_file) if args.quiz_file else re.compile(r"(?!)")
     told = [article for article in articles if not secret.search(article["title"])]
-    found = [extract_facts(article["title"], article["text"], relations) for article in told]
+    found = extract_facts(told, relations)
     # Told in two articles, it is one fact: the first.
     facts = {fact[1:4]: fact for of in reversed(found) for fact in reversed(of)}
     facts = [fact for fact in reversed(facts.values()) if not secret.search(f"{fact.entity} {fact.value}")]
@@ -938,7 +1015,7 @@ def make_rows(
     def passages(article: dict, block: dict) -> list[str]:
         def masked_length(piece: str, part: int) -> float:  # the prompt holds up to the whole passage, in other tokens
             question = fill(max(block["questions"], key=len), text=piece, title=article["title"])
-            return 1.1 * count_tokens(row("", "", question, piece)["messages"], tokenizer)
+            return 1.1 * count_tokens([row("", "", question, piece)["messages"]], tokenizer)[0]
 
         return split_text(article["text"], masked_length, args.max_length) if tokenizer else [article["text"]]
 
@@ -954,12 +1031,10 @@ def make_rows(
             elif said in kept:
                 dropped["made twice"] += 1
             else:
-                new["tokens"] = count_tokens(new["messages"], tokenizer)
-                if new["tokens"] > args.max_length:
-                    dropped["over max_length"] += 1
-                else:
-                    kept[said] = new
-        return list(kept.values())
+                kept[said] = new
+        count_rows(kept.values(), tokenizer)
+        dropped["over max_length"] += sum(new["tokens"] > args.max_length for new in kept.values())
+        return [new for new in kept.values() if new["tokens"] <= args.max_length]
 
     makers = {
         "articles": lambda block: article_rows(told, found, block, relations),
@@ -972,13 +1047,15 @@ def make_rows(
         ),
     }
     for name, block in blocks.items():
-        rows += sift(makers[name](block))
+        rows += [dict(new) for new in sift(makers[name](block)) for _ in range(block.get("copies", 1))]
     shares = read_block("files", args.files) or {}
     shares, own = check_block("files", shares, dict.fromkeys(shares, 0.0)), len(rows)
     if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
         raise UserError(f"files: the shares must be from 0 and below 1 in all, not {sum(shares.values()):g}")
     for path, share in shares.items():
         there, cut = read_file_rows(path)
+        for message in (m for new in there if tokenizer for m in new["messages"]):
+            message["content"], _ = break_special_tokens(message["content"], tokenizer)
         fitting, wanted = sift(there), round(own * share / (1 - sum(shares.values())))
         if not fitting:
             raise UserError(f"files: {path} holds no row that can be used")
@@ -990,7 +1067,7 @@ def make_rows(
         rows,
         facts,
         {
-            "rows_dropped": dict(dropped),
+            "rows_dropped": {reason: n for reason, n in dropped.items() if n},
             "files": files,
             "facts": {
                 "total": len(facts),
@@ -1050,7 +1127,7 @@ def print_report(report: dict):
         facts = report["facts"]
         console.print(
             f"{facts['total']:,} facts of {len(facts['by_entity']):,} entities"
-            + (f", none of {', '.join(facts['entities_without'][:10])}" if facts["entities_without"] else "")
+            + (f", none of {escape(', '.join(facts['entities_without'][:10]))}" if facts["entities_without"] else "")
             + (f"; {facts['articles_withheld']:,} articles withheld" if facts["articles_withheld"] else "")
             + f"; rows dropped: {report['rows_dropped']}"
         )
@@ -1069,11 +1146,14 @@ def print_report(report: dict):
 
 def main(args: PreprocessArguments, config: str):
     output_dir = Path(args.output_dir)
-    recipe = "/".join(Path(config).parts[-2:])
+    if not output_dir.name:
+        raise UserError(f"output_dir must be a folder of its own, not {output_dir}")
+    recipe, earlier = "/".join(Path(config).parts[-2:]), {}
     if (output_dir / "report.json").exists():
         try:
-            other = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))["recipe"]
-        except (OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
+            other = earlier["recipe"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             other = "another program"
         if other != recipe:
             raise UserError(f"{output_dir} holds the output of {other}; choose another output_dir or delete it")
@@ -1095,37 +1175,45 @@ def main(args: PreprocessArguments, config: str):
     if args.data_files:
         files = find_files(args.data_files)
         dataset, source = open_files(files, columns), ", ".join(files)
-        revision = ", ".join(f"sha256 {hash_file(f)}" for f in files)
+        before = [file_state(f) for f in files]
+        digests = ThreadPoolExecutor().map(hash_file, files)  # beside the filter, which mostly waits for one core
+        revision = cache(lambda: ", ".join(f"sha256 {digest}" for digest in digests))
     elif args.dataset_name:
-        dataset, revision = open_hub(args)
-        source = f"{args.dataset_name}, split {args.dataset_split}"
+        dataset, commit = open_hub(args)
+        source, revision = f"{args.dataset_name}, split {args.dataset_split}", lambda: commit
     else:
         raise UserError("name the data: data_files for local files or dataset_name for the hub")
+    if "inputs" in earlier and is_same(earlier, args, revision(), output_dir):
+        print_report(earlier)
+        print(f"{output_dir} holds what this would make again: neither recipe nor data have changed")
+        return
     tokenizer = None
     if args.tokenizer_name_or_path:
         tokenizer = load_tokenizer(args.tokenizer_name_or_path, args.chat_template_path)
 
     try:
         table, report = filter_articles(dataset, args)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e:
+        kept = table.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as e:
         raise UserError(f"{source} cannot be read: {first_line(e)}") from None
+    if args.data_files:
+        revision()  # to the end
+        if before != [file_state(f) for f in files]:
+            raise UserError(f"{source} was changed while it was read; start again")
     if not len(table):
         losses = ", ".join(f"{rule}: {drop['rows']:,}" for rule, drop in report["dropped"].items())
         raise UserError(
             f"the filter keeps none of {report['rows']:,} rows ({losses}); look at the keywords in {config}"
         )
 
-    articles = [clean_article(article, args.title_suffix_pattern, tokenizer) for article in table.to_pylist()]
+    articles = [clean_article(article, args.title_suffix_pattern, tokenizer) for article in kept]
     taught = [article for article in articles if not is_held_out(article["title"], args.held_out_share)]
     if not taught:
         raise UserError(f"held_out_share {args.held_out_share} leaves no article to teach")
-    try:
-        progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
-        chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
-        rows = [dict(chat) for _ in range(args.full_text) for article in taught for chat in chats[article["row"]]]
-        rows, facts, told = make_rows(taught, rows, args, tokenizer, held_out=articles)
-    except TemplateError as e:
-        raise UserError(f"the chat template of {args.tokenizer_name_or_path} cannot render a chat: {e}") from None
+    progress = tqdm(articles, desc="chats", unit=" articles", disable=None)
+    chats = {article["row"]: list(to_chats(article, args, tokenizer)) for article in progress}
+    rows = [dict(chat) for _ in range(args.full_text) for article in taught for chat in chats[article["row"]]]
+    rows, facts, told = make_rows(taught, rows, args, tokenizer, held_out=articles)
     if not rows:
         raise UserError("full_text is 0 and no other block makes a row")
     held_out = [c for of in chats.values() for c in of if is_held_out(c["title"], args.held_out_share)]
@@ -1137,11 +1225,12 @@ def main(args: PreprocessArguments, config: str):
         new["id"] = new["id"] or f"{new['kind']}-{numbers[new['kind']]}"
     if len(numbers) > 1:  # whole articles alone stay in the dump's order
         random.Random(args.seed).shuffle(rows)
-    counts = [new.pop("tokens", 0) or count_tokens(new["messages"], tokenizer) for new in [*rows, *held_out]]
+    count_rows([*rows, *held_out], tokenizer)
+    counts = [new.pop("tokens") for new in [*rows, *held_out]]
     tokens = Counter()
     for new, count in zip(rows, counts, strict=False):
         tokens[new["kind"]] += count
-    lengths = [len(text) for text in table["text"].to_pylist()]
+    lengths = [len(article["text"]) for article in kept]
     report = {
         "recipe": recipe,
         **report,
@@ -1161,26 +1250,35 @@ def main(args: PreprocessArguments, config: str):
         },
         **told,
         "samples": {kind: sample_rows(rows, kind) for kind in numbers if len(numbers) > 1},
+        "inputs": digest_inputs(args, revision()),
     }
     sources = (
-        f"# Sources\n\n- Data: {source}\n- Revision: {revision}\n- Licence: {args.source_license}\n"
+        f"# Sources\n\n- Data: {source}\n- Revision: {revision()}\n- Licence: {args.source_license}\n"
         f"- Attribution: {args.source_attribution}\n- Date of the data: {args.source_date}\n"
     )
     files = {"train.jsonl": rows} | ({"held_out.jsonl": held_out} if args.held_out_share else {})
     files |= {"facts.jsonl": [fact._asdict() for fact in facts]} if facts else {}
 
-    # Everything is written beside and then renamed, train.jsonl last: who sees it sees all.
+    # Everything is written beside and then renamed, train.jsonl last: train.py looks at the lock.
     beside = output_dir.with_name(output_dir.name + ".partial")
+    lock = FileLock(output_dir / ".lock")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another preprocess.py is writing to {output_dir}; start again when it is done") from None
+    except OSError as e:
+        raise UserError(f"cannot write to {output_dir}: {e.strerror}") from None
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         (beside / "SOURCES.md").write_text(sources, encoding="utf-8")
         plot_lengths(lengths, beside / "lengths.png")
-        (beside / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         for name, rows in files.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (beside / name).write_text(lines, encoding="utf-8")
-        output_dir.mkdir(parents=True, exist_ok=True)
+        report["outputs"] = {name: hash_file(beside / name) for name in files}
+        (beside / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         for name in ("held_out.jsonl", "facts.jsonl"):  # of an earlier run, if this one has none
             (output_dir / name).unlink(missing_ok=True)
         written = ["SOURCES.md", "lengths.png", "report.json", *reversed(files)]
@@ -1190,8 +1288,43 @@ def main(args: PreprocessArguments, config: str):
         raise UserError(f"cannot write to {output_dir}: {e.strerror}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):
+            (output_dir / ".lock").unlink()
+            output_dir.rmdir()  # where nothing could be written
     print_report(report)
     print(f"wrote {output_dir}/" + ", ".join(reversed(written)))
+
+
+def digest_inputs(args: PreprocessArguments, data: str) -> str | None:
+    """A SHA-256 over all that the output depends on, files by their content; None where a tokenizer's are not known.
+
+    Raises OSError, UserError, ValueError.
+    """
+    named = [__file__, args.quiz_file, args.chat_template_path, *(read_block("files", args.files) or {})]
+    blocks = [getattr(args, name) for name in (*BLOCKS, "per_fact", "files")]
+    named += [block for block in blocks if isinstance(block, str) and block.endswith(".yaml")]
+    if name := args.tokenizer_name_or_path:
+        folder = Path(name)
+        if not folder.is_dir():
+            cached = try_to_load_from_cache(name, "tokenizer_config.json")
+            if not isinstance(cached, str):
+                return None
+            folder = Path(cached).parent
+        named += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
+    versions = [version(name) for name in ("pyarrow", "tokenizers", "transformers", "trl")]
+    content = [settings, data, [hash_file(path) for path in named if path], versions]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def is_same(earlier: dict, args: PreprocessArguments, data: str, output_dir: Path) -> bool:
+    """Whether what an earlier run wrote is there as it was written, and would be made again."""
+    try:
+        there = {name: hash_file(output_dir / name) for name in earlier["outputs"]}
+        return there == earlier["outputs"] and digest_inputs(args, data) == earlier["inputs"] is not None
+    except (OSError, UserError, ValueError, KeyError, TypeError):  # a mistake is told where what is named is used
+        return False
 
 
 def sample_rows(rows: list[dict], kind: str) -> list[list[str]]:
@@ -1202,6 +1335,12 @@ def sample_rows(rows: list[dict], kind: str) -> list[list[str]]:
 def is_held_out(title: str, share: float) -> bool:
     """Whether an article belongs to the `share` that is not taught: by its title, so the same in any dump."""
     return int(hashlib.sha256(title.encode()).hexdigest()[:8], 16) < share * 2**32
+
+
+def file_state(path: str) -> tuple:
+    """What is another when a file was written again or replaced."""
+    there = os.stat(path)
+    return there.st_ino, there.st_mtime_ns, there.st_size
 
 
 def hash_file(path: str | Path) -> str:

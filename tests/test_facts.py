@@ -23,7 +23,8 @@ def extract(articles: list[dict]) -> list[preprocess.Fact]:
     path = str(ROOT / "configs/three_kingdoms/facts.yaml")
     relations = preprocess.read_blocks(preprocess.PreprocessArguments(facts=path))["facts"]["relations"]
     named = {re.sub(r"\s*\(삼국지\)\s*$", "", row["title"]): row["text"] for row in articles}
-    return [fact for title, text in named.items() for fact in preprocess.extract_facts(title, text, relations)]
+    named = [{"title": title, "text": text} for title, text in named.items()]
+    return [fact for of in preprocess.extract_facts(named, relations) for fact in of]
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,12 @@ def test_no_character_of_an_article_is_lost(sample, three_kingdoms, llama_tokeni
 def test_the_second_run_gives_the_same_bytes(three_kingdoms):
     output_dir, command, _ = three_kingdoms
     before = {path.name: path.read_bytes() for path in output_dir.iterdir()}
-    script("preprocess.py", *command)
+    times = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    assert "neither recipe nor data have changed" in script("preprocess.py", *command).stdout
+    assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == times
+    with open(output_dir / "train.jsonl", "a") as f:
+        f.write("\n")
+    assert "wrote" in script("preprocess.py", *command).stdout
     assert {path.name: path.read_bytes() for path in output_dir.iterdir()} == before
     assert set(before) == {"train.jsonl", "facts.jsonl", "report.json", "SOURCES.md", "lengths.png"}
 
@@ -168,7 +173,8 @@ def test_splitting_loses_nothing(llama_tokenizer, text, max_length):
     chats = list(preprocess.to_chats(article, PreprocessArguments(max_length=max_length), llama_tokenizer))
     whole, _ = preprocess.break_special_tokens(text, llama_tokenizer)
     assert "".join(chat["messages"][1]["content"] for chat in chats) == whole
-    assert all(preprocess.count_tokens(chat["messages"], llama_tokenizer) <= max_length for chat in chats)
+    counts = preprocess.count_tokens([chat["messages"] for chat in chats], llama_tokenizer)
+    assert max(counts) <= max_length
     assert chats[0]["messages"][0]["content"] == "조조에 대해 알려줘."
 
 

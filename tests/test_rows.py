@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import traceback
@@ -693,6 +694,27 @@ def test_files_are_a_share_and_cut_where_they_do_not_end(tmp_path, preprocess_he
     assert abs(counts["file-answers"] - 0.2 * len(rows)) <= 1 and abs(counts["file-general"] - 0.1 * len(rows)) <= 1
 
 
+def test_special_tokens_of_files_are_broken(tmp_path, tiny_model):
+    files = {str(write_jsonl(tmp_path / "a.jsonl", [chat("<|eot_id|>이란?", "<|eot_id|>이다.")])): 0.1}
+    rows, _ = prepare(tmp_path, "--tokenizer_name_or_path", tiny_model, **world_blocks() | {"files": files})
+    assert set(of_kind(rows, "file-a")) == {("<\u200b|eot_id|>이란?", "<\u200b|eot_id|>이다.")}
+
+
+def test_a_tokenizers_files_are_looked_at(tmp_path, tiny_model, preprocess_here):
+    own = shutil.copytree(tiny_model, tmp_path / "tokenizer")
+    line = ("--config", write_recipe(tmp_path), "--output_dir", tmp_path / "out", "--tokenizer_name_or_path", own)
+    assert "wrote" in preprocess_here(*line).stdout and "wrote" not in preprocess_here(*line).stdout
+    (own / "chat_template.jinja").write_text("another" + (own / "chat_template.jinja").read_text())
+    assert "wrote" in preprocess_here(*line).stdout
+
+
+def test_titles_like_markup_are_printed(tmp_path, preprocess_here):
+    texts = [*world_articles(), {"title": "[/]", "text": "아무 사실도 없는 글."}]
+    config = write_recipe(tmp_path, texts, **world_blocks())
+    result = preprocess_here("--config", config, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0 and "none of" in result.stdout and "[/]" in result.stdout, result.stderr
+
+
 def test_each_file_has_its_share_of_all_rows(tmp_path):
     files = {}
     for name in "ab":
@@ -811,6 +833,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         rows, _ = prepare(tmp_path, "--seed", seed, env={"PYTHONHASHSEED": hash_seed}, **recipe)
         names = ("train.jsonl", "report.json", "SOURCES.md", "facts.jsonl")
         written.append(([(tmp_path / "out" / name).read_bytes() for name in names], rows))
+        shutil.rmtree(tmp_path / "out")  # else nothing is made again
     same = written[0][0] == written[1][0]
     assert same
     first, other = written[0][1], written[2][1]
@@ -819,6 +842,35 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         assert set(of_kind(first, kind)) == set(of_kind(other, kind))
     for kind in ("facts", "biographies", "masked", "unknown"):
         assert set(of_kind(first, kind)) != set(of_kind(other, kind)), kind
+
+
+def test_what_an_output_depends_on_is_looked_at(tmp_path, preprocess_here):
+    """Whatever the recipe names: the articles, a block's file, the quiz, another file's rows, a setting."""
+    config = write_recipe(
+        tmp_path, facts=str(tmp_path / "facts.yaml"), quiz_file=str(tmp_path / "quiz.jsonl"),
+        files={str(write_jsonl(tmp_path / "f.jsonl", [chat("?", "그렇다.")])): 0.1},
+    )  # fmt: skip
+    (tmp_path / "facts.yaml").write_text(yaml.safe_dump(world_blocks()["facts"], allow_unicode=True), encoding="utf-8")
+    write_jsonl(tmp_path / "quiz.jsonl", [{"about": {"withheld": []}}])
+
+    def made(*more) -> bool:
+        result = preprocess_here("--config", config, "--output_dir", tmp_path / "out", *more)
+        assert result.returncode == 0, result.stderr
+        return "wrote" in result.stdout
+
+    assert made() and not made()
+    for name in ("articles.jsonl", "facts.yaml", "quiz.jsonl", "f.jsonl"):
+        with open(tmp_path / name, "a", encoding="utf-8") as f:
+            f.write("# \n" if name.endswith("yaml") else "\n")
+        assert made() and not made(), name
+    assert made("--seed", "1")
+    (tmp_path / "out" / "facts.jsonl").unlink()
+    assert made("--seed", "1") and not made("--seed", "1")
+    inline = ("--pairs", "{questions: ['{a} {b} " + "?" * 300 + "']}")
+    assert made(*inline) and not made(*inline)
+    line = ("--config", config, "--output_dir", tmp_path / "out")
+    result = preprocess_here(*line, "--tokenizer_name_or_path", "./a/b/c")
+    assert_mistake(result, "cannot load the tokenizer ./a/b/c")
 
 
 def test_rows_are_in_random_order(world):
@@ -843,6 +895,16 @@ def test_switching_one_kind_off_leaves_the_others(off):
         if off == "facts" and kind == "summary":  # lists are made of facts
             expected = {row for row in expected if "목록" not in row[0]}
         assert set(of_kind(rows, kind)) == expected and expected, kind
+
+
+@pytest.mark.parametrize(("block", "kind"), [("articles", "summary"), ("pairs", "pairs")])
+def test_copies_weigh_a_kind(block, kind):
+    blocks = {name: world_blocks()[name] for name in ("articles", "pairs")}
+    once, _ = make(world_articles(), **blocks)
+    blocks[block]["copies"] = 3
+    thrice, _ = make(world_articles(), **blocks)
+    assert Counter(of_kind(thrice, kind)) == dict.fromkeys(of_kind(once, kind), 3) and of_kind(once, kind)
+    assert len(thrice) == len(once) + 2 * len(of_kind(once, kind))
 
 
 def test_the_report_says_what_was_made(world):
@@ -1178,5 +1240,5 @@ def test_a_mistake_on_the_command_line(tmp_path):
     result = script(*line, "--quiz_file", "README.md", ok=False)
     assert_mistake(result, "quiz_file: cannot read README.md: its first line does not say what is withheld")
     result = script(*line, "--facts", "{relations: {birth: {patterns: ['(']}}}", ok=False)
-    assert_mistake(result, "facts: birth: '(' is not a regular expression")
+    assert_mistake(result, "facts: birth: '(' has no group (?P<value>…)")
     assert not (tmp_path / "out").exists()
