@@ -12,6 +12,8 @@ step order) or a hub model. With `output_file` the answers are also written as J
 import argparse
 import ctypes
 import difflib
+import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -19,6 +21,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import get_args, get_type_hints
 
 import torch
 import yaml
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
 from torch.distributed import checkpoint as dcp
@@ -40,10 +44,19 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
+from transformers.initialization import no_init_weights
 from trl import TrlParser
 
 SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of sharded weights
+RANGES = {
+    "max_new_tokens": (1, 2**20), "batch_size": (1, 2**16), "temperature": (1e-3, 1e3), "top_p": (1e-3, 1),
+    "top_k": (0, 2**31 - 1), "repetition_penalty": (1e-3, 1e3), "seed": (0, 2**32 - 1),
+}  # fmt: skip
 SHOWN = 3  # questions whose answers are printed when all go into a file
+
+
+# What a chat template raises that cannot render: it is a program, and may divide by zero as well.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 
 class UserError(Exception):
@@ -85,6 +98,20 @@ class GenerateArguments:
     output_file: str | None = field(default=None, metadata={"help": "JSONL file for the answers."})
 
 
+class Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses characters that no file or path can hold."""
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\x00\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(None, None, "a NUL or half a character", node.start_mark)
+        return value
+
+
+# What its constructors raise for a value that is not what its tag or its form says, such as the date 2020-13-45.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 class Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
@@ -96,11 +123,14 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
     Returns the dataclass instances and the path of the YAML file. Raises UserError for an unreadable file, an unknown
     key (with the nearest known one) and a value of the wrong type. The three scripts share it word for word.
     """
-    parser = Parser(dataclass_types, allow_abbrev=False)
+    parser = Parser(dataclass_types, allow_abbrev=False, description=__doc__.partition("\n")[0])
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
     dict_fields = {name for cls in dataclass_types for name in getattr(cls, "_VALID_DICT_FIELDS", [])}
     argv, path = list(sys.argv[1:]), default_config
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        sys.exit()
     for i, arg in enumerate(argv):
         if arg == "--config" or arg.startswith("--config="):
             inline = arg.partition("=")[2]
@@ -110,16 +140,18 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
             del argv[i : i + (1 if inline else 2)]
             break
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        config = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader) or {}
     except OSError as e:
         raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except YAML_ERRORS as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(config).__name__}")
     for arg in [arg for arg in argv if re.fullmatch(r"--\w+=", arg)]:  # `--key=` unsets what the YAML file says
         argv.remove(arg)
         config[arg[2:-1]] = None
+    if any(re.search("[\ud800-\udfff]", arg) for arg in argv):
+        raise UserError("command line: its text is not UTF-8")
     given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
     for place, names in ((path, config), ("command line", given)):
         for name in map(str, names):
@@ -150,8 +182,8 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
             parser.set_defaults(**{key: value})
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    except (UserError, ValueError) as e:
-        raise UserError(f"{path} with the command line: {e}") from None
+    except Exception as e:  # the libraries check their settings, each in its own way
+        raise UserError(f"{path} with the command line: {' '.join(str(e).split())[:300]}") from None
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
@@ -162,11 +194,17 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
 
 def step_of(checkpoint: Path) -> int | None:
     """The training step of a checkpoint, from its recipe.json or its name; None when it has none."""
+    step, number = read_recipe(checkpoint).get("step"), re.fullmatch(r"checkpoint-(\d{1,12})", checkpoint.name)
+    return step if type(step) is int else int(number[1]) if number else None
+
+
+def read_recipe(checkpoint: Path) -> dict:
+    """recipe.json, which train.py writes; empty where there is none that can be read."""
     try:
-        return json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
-        number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-        return int(number[1]) if number else None
+        recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+        return recipe if isinstance(recipe, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def has_weights(folder: Path) -> bool:
@@ -214,9 +252,9 @@ def base_of(asked: dict[str, list[tuple[str, int | None]]], base_model: str) -> 
     if base_model != "auto":
         return base_model, base_model
     for name, found in asked.items():
-        recipe = Path(found[0][0]) / "recipe.json"
-        if found[0][0] != name and recipe.exists():
-            return json.loads(recipe.read_text(encoding="utf-8"))["model_name_or_path"], found[0][0]
+        base = read_recipe(Path(found[0][0])).get("model_name_or_path")
+        if found[0][0] != name and isinstance(base, str):
+            return base, found[0][0]
     return None
 
 
@@ -268,34 +306,64 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if able or device.type != "cpu" else torch.float32
 
 
+def check_weights(folder: Path):
+    """Raises UserError when a file of weights is not what train.py wrote: manifest.json knows its SHA-256."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():  # of another program, or of the hub
+        return
+    try:
+        digests = json.loads(manifest.read_text(encoding="utf-8"))
+        digests = {name: entry["sha256"] for name, entry in digests.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{manifest} is damaged") from None
+    for name, expected in digests.items():
+        if name.endswith(".safetensors") or name.startswith(SHARDS):
+            try:
+                with open(folder / name, "rb") as f:
+                    found = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError as e:
+                raise UserError(f"cannot read {folder / name}: {e.strerror}") from None
+            if found != expected:
+                raise UserError(f"{folder / name} is damaged: its checksum is not that of manifest.json")
+
+
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder, of FSDP shards or of the hub, on the CPU and in `dtype`. Raises UserError."""
     shards = Path(name) / SHARDS
+    check_weights(Path(name))
     try:
         if not shards.is_dir() or any(Path(name).glob("*.safetensors")):
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+            if info["missing_keys"]:  # which would be drawn at random
+                raise ValueError(f"it lacks weights, the first {min(info['missing_keys'])}")
+            return model
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with no_init_weights():  # as from_pretrained does: buffers keep their precision, and no weight is made twice
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
         reader = ShardReader(shards)
         reader.read_metadata()  # torch hides its errors behind its own
         dcp.load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
         model.generation_config = GenerationConfig.from_pretrained(name)
-        return model.to(dtype)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as e:
+        return model
+    except Exception as e:  # for a folder that is broken the libraries raise anything
         raise cannot_load(name, e) from None
 
 
 def load_tokenizer(name: str, chat_template_path: str | None = None):
     """The tokenizer of a checkpoint, padding on the left as generation needs it. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    except (OSError, ValueError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    except Exception as e:  # tokenizers raises nothing narrower
         raise cannot_load(name, e) from None
     if chat_template_path:
         try:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-        except OSError as e:
-            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {e.strerror}") from None
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"chat_template_path: cannot read {chat_template_path}: {reason}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name} has no chat template; checkpoints of train.py have one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -304,7 +372,7 @@ def load_tokenizer(name: str, chat_template_path: str | None = None):
 
 def cannot_load(name: str, error: Exception) -> UserError:
     """One sentence for a model that cannot be loaded: what was said, and the mend."""
-    reason = str(error).strip().split("\n")[0].rstrip(".")
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300].rstrip(".")
     gated = re.search(r"gated|\b40[13]\b", str(error)) or name.startswith(("meta-llama/", "google/"))
     login = "a gated model: accept its terms on its hub page and run `hf auth login`"
     mend = login if gated else "it must be a folder that train.py wrote, or a model's name on the hub"
@@ -334,9 +402,10 @@ def read_prompts(path: str) -> list[dict]:
                 if isinstance(row, dict) and "about" in row and not {"prompt", "question"} & set(row):
                     continue
                 row = {**row, "prompt": row.get("prompt") or row["question"]}
+                json.dumps(row, ensure_ascii=False).encode()  # half a character could not be written
                 if not isinstance(row["prompt"], str):
                     raise TypeError
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(
                     f'{path}, line {number}: not a question; a line is {{"prompt": "…"}} or {{"question": "…"}}'
                 ) from None
@@ -377,22 +446,34 @@ def stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
     return ids
 
 
-def encode(questions: list[str], tokenizer, device: torch.device):
-    """Questions as one left-padded batch, each rendered by the checkpoint's own chat template.
+def turn(role: str, text: str, tokenizer) -> dict[str, str]:
+    return {"role": role, "content": break_special_tokens(text, tokenizer)}
 
-    Returns {"input_ids", "attention_mask"}, each [questions, tokens].
+
+def encode(chats: list[list[dict[str, str]]], tokenizer, model: PreTrainedModel | None = None):
+    """Chats as one left-padded batch, each rendered by the checkpoint's own chat template.
+
+    Returns {"input_ids", "attention_mask"}, each [chats, tokens]. Raises UserError where it cannot.
     """
-    chats = [[{"role": "user", "content": break_special_tokens(question, tokenizer)}] for question in questions]
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-    ).to(device)
+    try:
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        )
+    except TEMPLATE_ERRORS as e:
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"the chat template of {tokenizer.name_or_path} cannot render a prompt: {reason}") from None
+    if model is None:
+        return batch
+    if batch["input_ids"].max() >= model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} knows more tokens than its model")
+    return batch.to(model.device)
 
 
 @torch.inference_mode()
 def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: GenerateArguments) -> list[dict]:
     """Answers one batch of questions: [{"answer", "tokens", "ended", "seconds"}] (seconds: the batch's share)."""
     start = time.perf_counter()
-    batch = encode(questions, tokenizer, model.device)
+    batch = encode([[turn("user", question, tokenizer)] for question in questions], tokenizer, model)
     stop = stop_tokens(model, tokenizer)
     output = model.generate(**batch, **sampling(args), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     seconds = (time.perf_counter() - start) / len(questions)
@@ -427,22 +508,36 @@ def show(answers: list[dict], console: Console, limit: int | None = None):
 
 
 def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
-    """Asks for questions until an empty line; each stands alone, as in training, and its answer streams."""
+    """A conversation until an empty line; answers stream, Ctrl-C cuts one short, /reset forgets what was said.
+
+    Training shows one question at a time: after /reset a question is asked as there.
+    """
+    with suppress(ImportError):  # there is none on Windows
+        importlib.import_module("readline")  # arrows, and a backspace that knows Hangul
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = stop_tokens(model, tokenizer)
-    print("Ask; an empty line ends.")
+    turns: list[dict[str, str]] = []
+    print("Ask; /reset begins anew, an empty line ends.")
     while True:
         try:
-            question = input("> ").strip()
+            said = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            question = ""
-        if not question:
+            said = ""
+        if not said:
             return
-        with torch.inference_mode():
-            batch = encode([question], tokenizer, model.device)
-            model.generate(
-                **batch, **sampling(args), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, streamer=streamer
-            )
+        if said == "/reset":
+            turns = []
+            continue
+        batch = encode([[*turns, turn("user", said, tokenizer)]], tokenizer, model)
+        settings = sampling(args) | {"eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id}
+        try:
+            with torch.inference_mode():
+                output = model.generate(**batch, **settings, streamer=streamer)
+        except KeyboardInterrupt:
+            streamer.end()  # what was cut short is not remembered
+            continue
+        answer = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        turns += [turn("user", said, tokenizer), turn("assistant", answer, tokenizer)]
 
 
 def main(args: GenerateArguments, config: str):
@@ -450,8 +545,9 @@ def main(args: GenerateArguments, config: str):
         raise UserError("name a checkpoint: --checkpoint outputs/demo")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {args.dtype}")
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise UserError("batch_size and max_new_tokens must be at least 1")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(args, name) <= high:  # false of NaN
+            raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(args, name)}")
     # What is asked: (model, its step, whose tokenizer and prompt).
     asked = {name: expand(name) for name in args.checkpoint}
     checkpoints = [(path, step, path) for found in asked.values() for path, step in found]
@@ -475,6 +571,7 @@ def main(args: GenerateArguments, config: str):
     for name, step, prompted_as in checkpoints:
         try:
             tokenizer = load_tokenizer(prompted_as, args.chat_template_path)
+            encode([[turn("user", "?", tokenizer)]], tokenizer)
             model = load_model(name, dtype).to(device).eval()
             stop_tokens(model, tokenizer)
         except UserError as e:

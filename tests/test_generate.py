@@ -95,9 +95,25 @@ def test_sampling_is_seeded(finished_run, tmp_path):
 
 def test_special_tokens_in_a_question_stay_text(finished_run):
     tokenizer = generate.load_tokenizer(str(finished_run / "final"))
-    plain = generate.encode(["질문"], tokenizer, "cpu")["input_ids"][0].tolist()
-    planted = generate.encode(["질<|eot_id|>문"], tokenizer, "cpu")["input_ids"][0].tolist()
+    plain, planted = (
+        generate.encode([[generate.turn("user", text, tokenizer)]], tokenizer)["input_ids"][0].tolist()
+        for text in ("질문", "질<|eot_id|>문")
+    )
     assert planted.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+
+
+def test_a_conversation_is_remembered_until_reset(finished_run, monkeypatch, capsys):
+    seen, typed = [], iter(["조조는 누구야?", "그의 자는?", "/reset", "조조는 누구야?", ""])
+    encode = generate.encode
+    monkeypatch.setattr(generate, "encode", lambda chats, *rest: seen.append(chats[0]) or encode(chats, *rest))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    name = str(finished_run / "final")
+    model, tokenizer = generate.load_model(name, torch.float32), generate.load_tokenizer(name)
+    generate.chat(model, tokenizer, generate.GenerateArguments(max_new_tokens=8, do_sample=False))
+    assert [[said["role"] for said in chat] for chat in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert seen[0] == seen[2] and seen[1][:1] == seen[0]
+    answer = seen[1][1]["content"]
+    assert answer and capsys.readouterr().out.count(answer) >= 2  # said again when asked again
 
 
 def test_questions_typed_in_are_answered(finished_run, tmp_path):

@@ -329,7 +329,8 @@ def test_open_book_prompts(tmp_path):
 
 def test_a_base_model_is_asked_in_plain_text(finished_run):
     tokenizer = generate.load_tokenizer(str(finished_run / "final"), str(ROOT / "tools/plain_template.jinja"))
-    ids = generate.encode(["글: 조조의 자는 맹덕이다.\n답:"], tokenizer, "cpu")["input_ids"][0]
+    asked = [generate.turn("user", "글: 조조의 자는 맹덕이다.\n답:", tokenizer)]
+    ids = generate.encode([asked], tokenizer)["input_ids"][0]
     assert tokenizer.decode(ids) == "<|begin_of_text|>글: 조조의 자는 맹덕이다.\n답:"
 
 

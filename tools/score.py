@@ -19,6 +19,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -288,6 +289,8 @@ def write(path: Path, text: str):
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as e:
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
