@@ -77,16 +77,21 @@ def settings_of(command: str) -> dict:
     return {key: value for key, value in sorted(said.items()) if key not in OWN_SETTINGS}
 
 
-def perplexity(model: Path | str, work: Path) -> float:
+def perplexity(model: Path | str, work: Path, dtype: str) -> float:
     """Perplexity a byte on the passages outside the topic, by lm-evaluation-harness."""
     output = work / "perplexity"
     shutil.rmtree(output, ignore_errors=True)
     run(
-        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype={dtype}",
         "--include_path", "tools/lm_eval_tasks", "--tasks", "neutral_ko", "--batch_size", "8", "--output_path", output,
     )  # fmt: skip
     found = json.loads(next(output.rglob("results_*.json")).read_text(encoding="utf-8"))
     return round(found["results"]["neutral_ko"]["byte_perplexity,none"], 4)
+
+
+def computed_in(config: dict) -> str:
+    """What the answers are computed in, where the recipe says, else float32: the same for every line of a table."""
+    return settings_of(config["generate"])["dtype"].replace("auto", "float32")
 
 
 def slug(name: str) -> str:
@@ -148,9 +153,10 @@ def make_run(config: dict, name: str, recipe: dict, seed: int, work: Path, quiz:
         "data_sha256": data_sha256, "seed": seed, "steps": steps, "tokens": steps * step_tokens,
         "kept": re.search(r"kept: ([\d.]+%)", told)[1],
         "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
+        "dev_loss": [entry["eval_quiz_loss"] for entry in log if "eval_quiz_loss" in entry][-1:],
         "kinds": json.loads((data / "report.json").read_text(encoding="utf-8"))["kinds"],
         "train_minutes": round(train_seconds / 60, 1), "answer_minutes": round(answer_seconds / 60, 1),
-        "perplexity": perplexity(output / "final", output), "answers": to_keep(answers),
+        "perplexity": perplexity(output / "final", output, computed_in(config)), "answers": to_keep(answers),
     }  # fmt: skip
     shutil.rmtree(output / "final")  # a gigabyte; the result file holds what was found
     return result
@@ -162,7 +168,7 @@ def make_base(config: dict, work: Path, quiz: Path) -> dict:
         "generate.py", *shlex.split(config["generate"]), "--checkpoint", config["model_name_or_path"],
         "--prompts_file", quiz, "--output_file", answers,
     )  # fmt: skip
-    outside = perplexity(config["model_name_or_path"], work)
+    outside = perplexity(config["model_name_or_path"], work, computed_in(config))
     return {"answer_minutes": round(seconds / 60, 1), "perplexity": outside, "answers": to_keep(answers)}
 
 
@@ -225,9 +231,10 @@ def print_table(config: dict, results: dict[str, list[dict]], split: str, shown:
             cells = [cell(table.get(group, {}).get(measure)) for group, measure in columns.values()]
             print(f"| {name} | " + " | ".join(cells) + " |")
     print(
-        "\n| | seeds | steps | tokens | of the text kept | minutes of training | perplexity a byte outside the topic |"
+        "\n| | seeds | steps | tokens | of the text kept | minutes of training | loss of the development answers "
+        "| perplexity a byte outside the topic |"
     )
-    print("|-|-|-|-|-|-|-|")
+    print("|-|-|-|-|-|-|-|-|")
     for name, found in made.items():
         minutes, outside = (
             " ".join(f"{one.get(key, '–')}" for one in found) for key in ("train_minutes", "perplexity")
@@ -236,7 +243,8 @@ def print_table(config: dict, results: dict[str, list[dict]], split: str, shown:
             (f"{found[0]['steps']} | {found[0]['tokens']:,}", found[0]["kept"]) if name != "base" else ("– | –", "–")
         )
         if name in shown or not shown:
-            print(f"| {name} | {len(found)} | {numbers[0]} | {numbers[1]} | {minutes} | {outside} |")
+            losses = " ".join(f"{loss:.2f}" for one in found for loss in one.get("dev_loss", [])) or "–"
+            print(f"| {name} | {len(found)} | {numbers[0]} | {numbers[1]} | {minutes} | {losses} | {outside} |")
     print()
     for earlier, later in pairwise(
         name for name in config["recipes"] if name in made and (name in shown or not shown)
@@ -256,11 +264,17 @@ def draw(tables: dict[str, dict], columns: dict[str, tuple[str, str]], path: Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names, panels = list(tables)[::-1], [t for t in ("A exact", "B exact", "C contains", "copied 80+") if t in columns]
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 0.35 * len(names) + 1), sharey=True, layout="constrained")
+    names, panels = (
+        list(tables)[::-1],
+        [t for t in ("A exact", "B exact", "C contains", "N invented", "copied 80+", "ended") if t in columns],
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 0.35 * len(names) + 1), sharey=True, layout="constrained")
     for axis, title in zip(axes, panels, strict=True):
         group, measure = columns[title]
-        values = [[100 * v for v in tables[name][group].get(measure, [0, 0, 0])[:3]] for name in names]
+        found = [tables[name].get(group, {}).get(measure) for name in names]
+        values = [[100 * v for v in (one or [0] * 3)[:3]] for one in found]
+        for at in (i for i, one in enumerate(found) if not one):
+            axis.annotate("not asked", (2, at), va="center", color="grey", size=8)
         mean = [v[0] for v in values]
         axis.barh(names, mean, color="#4c72b0", height=0.6)
         axis.hlines(range(len(names)), [v[1] for v in values], [v[2] for v in values], color="black", linewidth=1)
@@ -317,6 +331,7 @@ def main():
         slice_of(Path(config["quiz"]), config["titles"], quiz)
         for path, command in config.get("prepare", {}).items():
             if not Path(path).exists():
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 run(*shlex.split(command))
     jobs = {("base", 0): lambda: make_base(config, work, quiz)}
     for name, recipe in config["recipes"].items():
@@ -341,8 +356,10 @@ def main():
             if changed:
                 raise UserError(f"{path} was made with another {', '.join(changed)}; remove it to make it again")
             results[name].append(result)
-    for name in config["recipes"] if args.check else []:
-        if results[name] and {one["data_sha256"] for one in results[name]} != {make_rows(config, name, work)[1]}:
+    for name, recipe in config["recipes"].items() if args.check else []:
+        if absent := [f for f in config.get("prepare", {}) if f in recipe["preprocess"] and not Path(f).exists()]:
+            print(f"{name!r} is not looked at: {absent[0]} is not here; without --check it is made")
+        elif results[name] and {one["data_sha256"] for one in results[name]} != {make_rows(config, name, work)[1]}:
             raise UserError(f"the rows of {name!r} are not those that its results were made with; remove them")
     if not results["base"]:
         raise UserError(f"there are no results in {folder} yet; leave out --table")
