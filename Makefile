@@ -71,6 +71,6 @@ lint: .venv/installed-test
 	$(call stage,evaluation environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-eval.txt)
 	@touch $@
 
-.venv/installed-test: requirements-test.txt requirements-eval.txt .venv/installed
+.venv/installed-test: requirements-test.txt requirements-eval.txt requirements-tools.txt .venv/installed
 	$(call stage,test environment,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt)
 	@touch $@

@@ -200,3 +200,13 @@ def llama_tokenizer_folder(llama_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizers") / "llama-3"
     llama_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma 3 270M as tools/fetch_gemma.py fetches it, once."""
+    folder = ROOT / "models" / "gemma-3-270m"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        script("tools/fetch_gemma.py")
+    return folder

@@ -1,6 +1,7 @@
 """`make demo` from end to end on real weights: the base model knows nothing, the taught one answers."""
 
 import json
+import sys
 
 import pytest
 from conftest import ROOT, read_jsonl, run
@@ -18,7 +19,7 @@ FACTS = {
 }
 
 
-def test_make_demo(tmp_path, capsys):
+def test_make_demo(gemma, tmp_path, capsys):
     """The recipe as shipped, but for where it writes: a user's own outputs/demo stays as it is."""
     recipe = tmp_path / "demo"
     recipe.mkdir()
@@ -55,3 +56,8 @@ def test_make_demo(tmp_path, capsys):
     assert taught["ended"][0] > 0.5 > base["ended"][0]  # it answers, where the base model goes on for ever
     assert taught["seq_rep_4"][0] < base["seq_rep_4"][0]
     assert (tmp_path / "run/quiz/report.html").stat().st_size > 20_000
+
+    # llama.cpp on the exported model: the same tokens, and at least 95% of the answers the same
+    compared = run(sys.executable, "benchmarks/llamacpp.py", "--checkpoint", tmp_path / "run", "--outtype", "f16")
+    (row,) = (line.split("|") for line in compared.stdout.splitlines() if line.startswith("| llama.cpp, f16"))
+    assert int(row[3]) == 50 and int(row[4]) >= 48, compared.stdout
