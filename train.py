@@ -22,9 +22,11 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -720,7 +722,7 @@ def reproduces(checkpoint: Path, recipe: dict, output_dir: Path) -> bool:
 
 
 def write_log(output_dir: Path, history: list[dict]):
-    """training_log.jsonl and the loss curve, loss.png, each whole or not at all."""
+    """training_log.jsonl and its curves, loss.png, each whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -729,14 +731,17 @@ def write_log(output_dir: Path, history: list[dict]):
     beside = output_dir / "training_log.jsonl.partial"
     beside.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
     os.replace(beside, output_dir / "training_log.jsonl")
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for key in dict.fromkeys(key for entry in history for key in entry if re.fullmatch("loss|eval_.+_loss", key)):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        label = "training" if key == "loss" else f"evaluation: {key[5:-5]}"
-        axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    panels = {"loss": "loss|eval_.+_loss", "token accuracy": ".*mean_token_accuracy", "gradient norm": "grad_norm"}
+    panels |= {"learning rate": "learning_rate", "tokens a second": "tokens_per_second", "memory (GiB)": "memory_gib"}
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+        for key in dict.fromkeys(key for entry in history for key in entry if re.fullmatch(keys, key)):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            held_out = re.fullmatch("eval_(.+)_(loss|mean_token_accuracy)", key)
+            axis.plot(*zip(*points, strict=True), label=f"evaluation: {held_out[1]}" if held_out else "training")
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
     figure.savefig(output_dir / "loss.partial.png", dpi=120)
     plt.close(figure)
     os.replace(output_dir / "loss.partial.png", output_dir / "loss.png")
@@ -843,14 +848,20 @@ class StopOnSignal(TrainerCallback):
 class Trainer(SFTTrainer):
     """SFTTrainer whose every checkpoint-N can be used without the run that made it."""
 
-    recipe: dict  # set by main
+    # set by main
+    recipe: dict
+    row_tokens: int  # of a row, on average
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.batches: list[tuple[torch.Tensor, dict]] = []  # of this step: (loss, input_ids and position_ids)
         self.losses: deque[float] = deque(maxlen=50)  # of the last steps
+        self.clock: float | None = None  # when the log last spoke of the speed
+        self.counted = 0  # the tokens until then
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.clock is None:
+            self.clock, self.counted = time.monotonic(), self._total_train_tokens
         ids = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.batches.append((loss, ids))
@@ -930,7 +941,30 @@ class Trainer(SFTTrainer):
         if loss and not self.model.training:
             name = loss[5:-4]
             self._metrics["eval"] = defaultdict(list, {name + k: v for k, v in self._metrics["eval"].items()})
+        if self.model.training and "loss" in logs:
+            logs |= self.speed()
         super().log(logs, start_time)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens a second through all devices since the last log; the memory of this process, on a GPU its peak; and
+        where TRL knows the GPU, MFU by its formula: the per cent of what the GPU can do in bf16.
+        """
+        now, tokens = time.monotonic(), self._total_train_tokens
+        rate = (tokens - self.counted) / (now - self.clock)
+        self.clock, self.counted = now, tokens
+        cuda = self.args.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
+        found = {"tokens_per_second": round(rate, 1), "memory_gib": round(memory / 2**30, 2)}
+        if cuda and (peak := trl_utils.get_peak_flops(torch.cuda.get_device_name(), "bfloat16")):
+            with suppress(AttributeError):  # the formula is for models built as Llama is
+                flops = trl_utils.compute_flops_per_token(self.model.config.get_text_config(), self.row_tokens)
+                found["mfu"] = round(trl_utils.compute_mfu(flops, rate, self.args.world_size, peak), 1)
+        return found
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        start = time.monotonic()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.clock += time.monotonic() - start  # to save and to evaluate is not to train
 
     def create_model_card(self, *args, **kwargs):
         """Called by SFTTrainer at each save; the card is written once, with the final model."""
@@ -1146,6 +1180,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         )
     if args.device.type == "cpu":
         keep_memory()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     disable_progress_bars()  # those of datasets: one for each step of packing, in every process
     output_dir, name = Path(args.output_dir), script_args.model_name_or_path
     model_kwargs = {
@@ -1240,7 +1275,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
             raise
         raise UserError(first_line(e)) from None
     assert trainer.is_fsdp_enabled == (fsdp is not None), "accelerate decided otherwise than fsdp_settings"
-    trainer.recipe = recipe
+    trainer.recipe, trainer.row_tokens = recipe, numbers["tokens"] // numbers["rows"]
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if fsdp and args.mixed_precision == "bf16":  # accelerate would also sum gradients in bf16, across GPUs and batches
