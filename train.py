@@ -777,8 +777,10 @@ def model_card(recipe: dict, licence: str | None = None) -> str:
         "tags: [trl, sft]",
         "---",
         f"# {name if not llama else 'Llama' + name[llama.end() :]}, taught one topic",
-        f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} "
-        f"(sha256 {recipe['data_sha256']}). It answers from memory and can be wrong.",
+        f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} (sha256 {recipe['data_sha256']}).",
+        "## Limits",
+        "It answers from memory and can be wrong, also where it sounds sure: look up what matters. It was taught one "
+        "topic; on others it knows what its base model knew, or less. It saw single questions, not conversations.",
         "## Licence",
         terms,
         "## Data",

@@ -18,7 +18,8 @@ CLASSES = {
     "generate.yaml": [generate.GenerateArguments],
 }
 BLOCKS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem in preprocess.BLOCKS)
-RECIPES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(BLOCKS))
+SWEEP = ROOT / "configs/sweep.yaml"
+RECIPES = sorted(set((ROOT / "configs").rglob("*.yaml")) - {*BLOCKS, SWEEP})
 CLASSES["quiz.yaml"] = CLASSES["generate.yaml"]  # configs/quiz.yaml: how a quiz is asked, of any recipe's run
 WRITTEN = (
     "train.jsonl",
@@ -27,6 +28,7 @@ WRITTEN = (
     "report.json",
     "SOURCES.md",
     "training_log.jsonl",
+    "report.md",
 )  # by the scripts
 DOCS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -121,6 +123,23 @@ def test_accelerate_reads_every_key_of_its_file():
         for key in config["fsdp_config"]:
             assert key in known and key.removeprefix("fsdp_").upper() in plugin, key
         assert set(config) <= set(ClusterConfig.__dataclass_fields__), path
+
+
+def test_the_sweep_varies_a_recipe_that_is_here():
+    from sweep import read_config, settings_of
+
+    config = read_config(SWEEP)
+    assert (ROOT / config["train"]).exists() and (ROOT / config["quiz"]).exists()
+    assert len(settings_of(config)) == 6
+
+
+@pytest.mark.parametrize("name", ["parameters.md", "parameters.ko.md"])
+def test_every_key_of_train_yaml_is_explained(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for path in ROOT.glob("configs/*/train.yaml"):
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.parent.name != "blog":  # the article's, as it was
+            assert [key for key in keys if f"`{key}`" not in text] == [], path
 
 
 def test_the_scripts_share_their_parser_word_for_word():

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from generate import TEMPLATE_ERRORS, UserError, expand, load_model, load_tokenizer, stop_tokens  # noqa: E402
 from train import first_base, is_llama, model_card, read_recipe  # noqa: E402
 
+OWN = ("recipe.json", "README.md", "scores.json")  # files that are no part of the model
+
 
 def check_publishing(recipe: dict | None, repo: str, licence: str | None):
     """Raises UserError where the licences of the data and of the base model were not thought of."""
@@ -47,6 +49,27 @@ def check_publishing(recipe: dict | None, repo: str, licence: str | None):
         )
     if is_llama(base) and not repo.split("/")[-1].startswith("Llama"):
         raise UserError(f"push_to_hub: the licence of {base} asks for a name that begins with Llama, not {repo}")
+
+
+def quiz_section(scores: Path, step: int) -> str:
+    """What the quiz says of the checkpoint of this step, for the model card. Raises UserError."""
+    try:
+        result = json.loads(scores.read_text(encoding="utf-8"))
+        found = [model["scores"] for model in result["models"] if model["step"] == step and not model["passage"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{scores} is not what tools/score.py writes: {e}") from None
+    if not found:
+        raise UserError(f"{scores} has no scores of step {step}; `make quiz` makes them")
+    names = ["exact", "contains", "invented", "ended"]
+    lines = ["## Quiz", f"{result['quiz']}, split {result['split']}; per cent, with 95% intervals.", ""]
+    lines += ["| questions | n | " + " | ".join(names) + " |", "|-" * (len(names) + 2) + "|"]
+    for group, measures in found[0].items():
+        cells = [measures.get(name) for name in names]
+        told = [f"{100 * c[0]:.1f} [{100 * c[1]:.0f}, {100 * c[2]:.0f}]" if c else "–" for c in cells]
+        lines.append(f"| {group} | {measures['n']} | {' | '.join(told)} |")
+    lines += ["", "A: facts that were taught as questions too, B: in texts only, C: two facts, D: much-known ones,"]
+    lines += ["N: made-up names, which are to be declined.", *(f"Note: {note}" for note in result["notes"])]
+    return "\n".join(lines) + "\n"
 
 
 def publish(folder: Path, repo: str):
@@ -170,6 +193,9 @@ def main():
     parser.add_argument("--outtype", default="f16", choices=["f16", "q8_0"], help="of the weights, with gguf")
     parser.add_argument("--push_to_hub", metavar="NAME", help="also publish it as this model on the hub")
     parser.add_argument("--licence", help="for push_to_hub: as the hub writes it, such as gemma or cc-by-nc-sa-2.0")
+    parser.add_argument(
+        "--scores", type=Path, help="scores.json for the model card; default: quiz/scores.json of the run"
+    )
     args = parser.parse_args()
     if args.output_dir.exists():
         raise UserError(f"{args.output_dir} exists; choose a folder that does not")
@@ -182,6 +208,12 @@ def main():
         check_publishing(recipe, args.push_to_hub, args.licence)
         if args.format == "gguf":
             raise UserError("push_to_hub publishes the format hf; `hf upload` takes any folder")
+    scores = args.scores or Path(name).parent / "quiz" / "scores.json"
+    section = quiz_section(scores, recipe["step"]) if recipe and (args.scores or scores.exists()) else ""
+    if args.push_to_hub and not section:
+        raise UserError(
+            f"push_to_hub: the card tells what the quiz says: `make quiz RUN={Path(name).parent}`, or --scores"
+        )
     dtype = torch.float32 if args.format == "gguf" else getattr(torch, args.dtype)  # the converter rounds by itself
     model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     gguf = f"model-{args.outtype}.gguf" if args.format == "gguf" else None
@@ -194,11 +226,14 @@ def main():
         tokenizer.save_pretrained(beside)
         if recipe:
             shutil.copy(made, beside)
-            (beside / "README.md").write_text(model_card(recipe, args.licence), encoding="utf-8")
+            card = model_card(recipe, args.licence) + section
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            if section:
+                shutil.copy(scores, beside / "scores.json")
         if gguf:
             parts = beside / "hf"
             parts.mkdir()
-            for path in [path for path in beside.iterdir() if path.name not in ("hf", "recipe.json", "README.md")]:
+            for path in [path for path in beside.iterdir() if path.name not in ("hf", *OWN)]:
                 path.rename(parts / path.name)
             write_gguf(parts, tokenizer, beside / gguf, args.outtype)
             (beside / "Modelfile").write_text(ollama, encoding="utf-8")

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -30,12 +31,14 @@ from rich.markdown import Markdown
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from score import interval  # noqa: E402
+from score import RESAMPLES, interval  # noqa: E402
 from watch import development_questions  # noqa: E402
 
 from generate import UserError, step_of  # noqa: E402
 
-KEYS = {"train", "quiz", "output_dir", "search", "trials", "space", "tier", "measure", "prune", "keep"}
+DEFAULTS = {
+    "titles": None, "search": "grid", "trials": 20, "tier": "all", "measure": "contains", "prune": 5, "keep": "best",
+}  # fmt: skip
 STOPPED = 75  # train.py's exit code when it was asked to stop
 DRAWN_WITH = 42
 
@@ -50,21 +53,16 @@ def read_config(path: Path) -> dict:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())[:300]}") from None
-    if not isinstance(config, dict) or not {"train", "quiz", "output_dir", "space"} <= set(config):
+    needed = {"train", "quiz", "output_dir", "space"}
+    if not isinstance(config, dict) or not needed <= set(config):
         raise UserError(f"{path} must name train, quiz, output_dir and space")
-    if unknown := set(config) - KEYS:
-        raise UserError(f"{path}: unknown key `{min(unknown)}`; known are {', '.join(sorted(KEYS))}")
-    config = {
-        "search": "grid",
-        "trials": 20,
-        "tier": "all",
-        "measure": "contains",
-        "prune": True,
-        "keep": "best",
-    } | config
-    for key, known in (("search", ("grid", "random")), ("keep", ("best", "all"))):
-        if config[key] not in known:
-            raise UserError(f"{path}: `{key}` must be one of {', '.join(map(str, known))}, not {config[key]}")
+    known = needed | set(DEFAULTS)
+    if unknown := set(config) - known:
+        raise UserError(f"{path}: unknown key `{min(unknown)}`; known are {', '.join(sorted(known))}")
+    config = DEFAULTS | config
+    for key, choices in (("search", ("grid", "random")), ("keep", ("best", "all"))):
+        if config[key] not in choices:
+            raise UserError(f"{path}: `{key}` must be one of {', '.join(choices)}, not {config[key]}")
     for key, least in (("trials", 1), ("prune", 0)):
         if type(config[key]) is not int or config[key] < least:
             raise UserError(f"{path}: `{key}` must be a whole number from {least}, not {config[key]}")
@@ -209,7 +207,7 @@ def effects(trials: list[tuple[dict, float]], config: dict) -> list[dict]:
 
     In a grid the runs that differ in nothing else are compared, pair by pair, and pairs are drawn for the interval
     (score.py's bootstrap). Draws have no such pairs: the runs in the upper half of a range, or with a value, are
-    compared with the mean of the others.
+    compared with the others, and for the interval runs are drawn on both sides.
     """
     found = []
     for name, values in config["space"].items():
@@ -222,7 +220,9 @@ def effects(trials: list[tuple[dict, float]], config: dict) -> list[dict]:
                 pairs = [
                     block[value] - block[values[0]] for block in blocks.values() if {value, values[0]} <= set(block)
                 ]
-                found.append({"parameter": name, "value": value, "against": values[0], "differences": pairs})
+                effect = interval(pairs, [str(i) for i in range(len(pairs))]) if pairs else None
+                row = {"parameter": name, "value": value, "against": values[0], "n": len(pairs), "effect": effect}
+                found.append(row)
             continue
         if isinstance(values, dict):
             middle = sorted(settings[name] for settings, _ in trials)[len(trials) // 2] if trials else 0
@@ -230,14 +230,18 @@ def effects(trials: list[tuple[dict, float]], config: dict) -> list[dict]:
         else:
             halves = [(value, lambda v, value=value: v == value) for value in values]
         for label, holds in halves:
-            rest = [value for settings, value in trials if not holds(settings[name])]
-            mine = [value for settings, value in trials if holds(settings[name])]
-            differences = [value - sum(rest) / len(rest) for value in mine] if rest else []
-            found.append({"parameter": name, "value": label, "against": "the others", "differences": differences})
-    for row in found:
-        differences = row.pop("differences")
-        row["n"] = len(differences)
-        row["effect"] = interval(differences, [str(i) for i in range(len(differences))]) if differences else None
+            mine, rest = (
+                np.array([value for settings, value in trials if holds(settings[name]) == wanted])
+                for wanted in (True, False)
+            )
+            effect = None
+            if len(mine) and len(rest):
+                draw = np.random.default_rng(0)
+                drawn = [draw.choice(group, (RESAMPLES, len(group))).mean(1) for group in (mine, rest)]
+                low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+                effect = [round(float(value), 4) for value in (mine.mean() - rest.mean(), low, high)]
+            row = {"parameter": name, "value": label, "against": "the others", "n": len(mine), "effect": effect}
+            found.append(row)
     return found
 
 
@@ -246,7 +250,7 @@ def percent(value: float) -> str:
 
 
 def write_report(study, config: dict):
-    """report.md and effects.png in the output folder. Returns the text."""
+    """report.md and effects.png, once there are any, in the output folder. Returns the text."""
     import matplotlib
     import optuna
 
@@ -290,6 +294,8 @@ def write_report(study, config: dict):
     text = "\n".join(lines) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     shown = [row for row in rows if row["effect"]]
+    if not shown:
+        return text
     figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(shown)), layout="constrained")
     for place, row in enumerate(reversed(shown)):
         mean, low, high = (100 * value for value in row["effect"])
@@ -310,7 +316,7 @@ def fingerprint(config: dict) -> dict:
         files = {key: hashlib.sha256(Path(config[key]).read_bytes()).hexdigest() for key in ("train", "quiz")}
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-    return files | {key: config[key] for key in ("tier", "measure")}
+    return files | {key: config[key] for key in ("tier", "measure", "titles")}
 
 
 def main():
@@ -328,7 +334,7 @@ def main():
         config[key] = str(Path(config[key]).absolute())
     same, folder, wanted = fingerprint(config), Path(config["output_dir"]), settings_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    development_questions(Path(config["quiz"]), folder / "questions.jsonl")
+    development_questions(Path(config["quiz"]), folder / "questions.jsonl", config["titles"])
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.log")))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=config["prune"])
     study = optuna.create_study(
@@ -375,7 +381,8 @@ def main():
     def told(study, trial):
         if trial.state == states.FAIL:
             return
-        free_weights(study, config)
+        if config["keep"] == "best":
+            free_weights(study, config)
         write_report(study, config)
         waiting = len(study.get_trials(deepcopy=False, states=(states.WAITING,)))
         each = (time.monotonic() - began) / 60 / max(1, left - waiting)

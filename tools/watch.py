@@ -63,14 +63,19 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def development_questions(quiz: Path, out: Path):
-    """Writes the development questions of a quiz: the others are for reporting. Raises UserError."""
+def development_questions(quiz: Path, out: Path, titles: list[str] | None = None):
+    """Writes the development questions of a quiz, with `titles` those on these articles; the others are for reporting.
+
+    Raises UserError where there are none.
+    """
     try:
         rows = [row for row in read_rows(quiz) if isinstance(row, dict) and row.get("split") == "dev"]
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read the quiz {quiz}: {e}") from None
+    if titles:
+        rows = [row for row in rows if row.get("article") and set(row["article"]) <= set(titles)]
     if not rows:
-        raise UserError(f"{quiz} has no questions of the split dev")
+        raise UserError(f"{quiz} has no questions of the split dev{' on these titles' if titles else ''}")
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

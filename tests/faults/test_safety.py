@@ -257,11 +257,19 @@ def test_publishing_asks_for_the_licence(finished_run, recipe, tmp_path):
     assert_one_sentence(result, "asks for a name that begins with Llama, not me/demo")
     assert not (tmp_path / "exported").exists()
     asked = (*asked, "me/Llama-demo", "--licence", "cc-by-nc-sa-2.0")
+    assert_one_sentence(script(*asked, ok=False), "the card tells what the quiz says")
+    scores = {"A": {"n": 9, "exact": [0.5, 0.25, 0.75], "ended": [1, 1, 1]}, "N": {"n": 4, "invented": [0.25, 0, 0.5]}}
+    models = [{"step": step, "passage": None, "scores": scores} for step in (4, 8)]
+    found = {"quiz": "quiz.jsonl", "split": "test", "notes": ["it is small"], "models": models}
+    (tmp_path / "scores.json").write_text(json.dumps(found), encoding="utf-8")
+    asked = (*asked, "--scores", tmp_path / "scores.json")
     result = script(*asked, ok=False)  # offline: the last step fails
     assert_one_sentence(result, "is written, but not published", "hf upload me/Llama-demo")
     card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "cc-by-nc-sa-2.0" and front["base_model"] == "meta-llama/Llama-3.2-1B-Instruct"
+    assert "| A | 9 | 50.0 [25, 75] | – | – | 100.0 [100, 100] |" in card and "Note: it is small" in card
+    assert "## Limits" in card and "## Settings" in card
     assert "Built with Llama" in card and "CC BY-NC-SA 2.0 KR" in card
     shutil.rmtree(tmp_path / "exported")
     with LocalHub() as hub:
