@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -407,3 +408,25 @@ def test_steps_whose_logits_do_not_fit_go_trls_way(monkeypatch):
     hidden = torch.randn(3, 4, requires_grad=True)
     outputs = train.LogProbs.apply(hidden, torch.randn(5, 4), None, torch.tensor([0, 1, 4]), 1.0, 2, None, 1.0, ())
     assert outputs[0].grad_fn.name().startswith("LogProbs") and outputs[1] is None
+
+
+def test_mfu_is_the_share_of_what_the_gpu_can(monkeypatch):
+    """1,000 tokens in a second through two GPUs: 6 FLOP a weight and token, 12 x layers x width x length to attend."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=500, head_dim=16,
+                         num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(train.trl_utils, "get_peak_flops", lambda name, dtype: 1e9 if "H200" in name else None)
+    arguments = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    trainer = SimpleNamespace(_total_train_tokens=1500, counted=500, args=arguments, row_tokens=100, clock=0.0)
+    trainer.model = SimpleNamespace(config=config)
+    monkeypatch.setattr("time.monotonic", lambda: 1.0)
+    found = train.Trainer.speed(trainer)
+    model = LlamaForCausalLM(config)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name and "embed" not in name)
+    expected = 1000 * (6 * weights + 12 * 2 * 64 * 100) / (2 * 1e9)
+    assert found["tokens_per_second"] == 1000 and found["memory_gib"] == 3
+    assert found["mfu"] == pytest.approx(100 * expected, abs=0.1)
+    assert (trainer.counted, trainer.clock) == (1500, 1.0)
