@@ -50,7 +50,7 @@ open_book: .venv/installed-eval
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: .venv/installed-test
 	FAULTS=40 $(BIN)/python -m pytest -s tests/faults

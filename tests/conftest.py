@@ -53,6 +53,15 @@ def script(name: str, *arguments, **kwargs) -> subprocess.CompletedProcess:
     return run(sys.executable, ROOT / name, *arguments, **kwargs)
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before():
+    """What a script called in this process leaves in the environment is gone before the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def sample() -> list[dict]:
     return read_jsonl(SAMPLE)
