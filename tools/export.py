@@ -52,14 +52,14 @@ def check_publishing(recipe: dict | None, repo: str, licence: str | None):
 
 
 def quiz_section(scores: Path, step: int) -> str:
-    """What the quiz says of the checkpoint of this step, for the model card. Raises UserError."""
+    """What the quiz says of the checkpoint of this step, for the model card; "" where it was not asked."""
     try:
         result = json.loads(scores.read_text(encoding="utf-8"))
         found = [model["scores"] for model in result["models"] if model["step"] == step and not model["passage"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{scores} is not what tools/score.py writes: {e}") from None
     if not found:
-        raise UserError(f"{scores} has no scores of step {step}; `make quiz` makes them")
+        return ""
     names = ["exact", "contains", "invented", "ended"]
     lines = ["## Quiz", f"{result['quiz']}, split {result['split']}; per cent, with 95% intervals.", ""]
     lines += ["| questions | n | " + " | ".join(names) + " |", "|-" * (len(names) + 2) + "|"]
@@ -166,7 +166,16 @@ def go_template(tokenizer, stop: list[str]) -> str:
 def modelfile(gguf: str, tokenizer, stop: list[str]) -> str:
     """Ollama's description of a model: file, chat template, stop tokens, and the likeliest token as in generate.py."""
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{go_template(tokenizer, stop)}"""', "PARAMETER temperature 0"]
-    return "\n".join([*lines, "PARAMETER repeat_penalty 1", *(f"PARAMETER stop {json.dumps(t)}" for t in stop)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "PARAMETER repeat_penalty 1",
+                *(f"PARAMETER stop {json.dumps(t, ensure_ascii=False)}" for t in stop),
+            ]
+        )
+        + "\n"
+    )
 
 
 def write_gguf(folder: Path, tokenizer, outfile: Path, outtype: str):
@@ -210,9 +219,10 @@ def main():
             raise UserError("push_to_hub publishes the format hf; `hf upload` takes any folder")
     scores = args.scores or Path(name).parent / "quiz" / "scores.json"
     section = quiz_section(scores, recipe["step"]) if recipe and (args.scores or scores.exists()) else ""
-    if args.push_to_hub and not section:
+    if not section and (args.scores or args.push_to_hub):
         raise UserError(
-            f"push_to_hub: the card tells what the quiz says: `make quiz RUN={Path(name).parent}`, or --scores"
+            f"the card tells what the quiz says, and there are no scores of {name} in {scores}: "
+            f"`make quiz RUN={Path(name).parent}` makes them"
         )
     dtype = torch.float32 if args.format == "gguf" else getattr(torch, args.dtype)  # the converter rounds by itself
     model, tokenizer = load_model(name, dtype), load_tokenizer(name)
