@@ -67,8 +67,14 @@ def quiz_section(scores: Path, step: int) -> str:
         cells = [measures.get(name) for name in names]
         told = [f"{100 * c[0]:.1f} [{100 * c[1]:.0f}, {100 * c[2]:.0f}]" if c else "–" for c in cells]
         lines.append(f"| {group} | {measures['n']} | {' | '.join(told)} |")
-    lines += ["", "A: facts that were taught as questions too, B: in texts only, C: two facts, D: much-known ones,"]
-    lines += ["N: made-up names, which are to be declined.", *(f"Note: {note}" for note in result["notes"])]
+    lines += [
+        "",
+        "A: facts that training may ask about in other words, B: facts of which it only has the text, C: asked as",
+    ]
+    lines += [
+        "people ask, D: backwards and over two facts, N: made-up names, which are to be declined.",
+        *(f"Note: {note}" for note in result["notes"]),
+    ]
     return "\n".join(lines) + "\n"
 
 
