@@ -86,6 +86,8 @@ def test_mistakes(finished_run, tmp_path):
     for wrong, told in (
         (("--checkpoint", tmp_path / "none"), "there is no checkpoint"),
         (("--checkpoint", finished_run, "--articles", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("--checkpoint", finished_run, "--max_new_tokens", "0"), "--max_new_tokens must be from 1"),
+        (("--checkpoint", finished_run, "--port", "99999"), "--port must be from 1 to 65535"),
     ):
-        result = script("tools/page.py", *wrong, "--no_browser", "--port", "7861", ok=False)
+        result = script("tools/page.py", "--port", "7861", *wrong, "--no_browser", ok=False)
         assert result.returncode == 2 and told in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -186,6 +186,7 @@ def test_mistakes(keys, told, by_heart, tmp_path):
         ({"space": {"output_dir": ["a", "b"]}}, "`output_dir` cannot be varied"),
         ({"space": {"seed": [1]}, "searc": "grid"}, "unknown key `searc`"),
         ({"space": {"seed": [1]}, "prune": "yes"}, "`prune` must be a whole number"),
+        ({"space": {"seed": [1]}, "measure": ["f1"]}, "`measure` must be text"),
     ],
 )
 def test_mistakes_in_the_file(keys, told, by_heart, tmp_path):

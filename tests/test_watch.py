@@ -1,5 +1,7 @@
 """Training can be watched: TensorBoard by one key, curves without it, answers and scores of every save beside them."""
 
+import shutil
+
 import pytest
 from conftest import ROOT, read_jsonl, script
 
@@ -59,3 +61,14 @@ def test_mistakes(tmp_path):
     asked = ("--run", tmp_path, "--config", ROOT / "configs/demo/generate.yaml", "--quiz", ROOT / "data/neutral.jsonl")
     no_dev = script("tools/watch.py", *asked, ok=False)
     assert no_dev.returncode == 2 and "no questions of the split dev" in no_dev.stderr
+    nothing = script("tools/watch.py", *asked[:4], "--once", ok=False)
+    assert nothing.returncode == 2 and "holds no whole checkpoint" in nothing.stderr
+
+
+def test_questions_that_cannot_be_asked_stop_it(watched, tmp_path):
+    run, _, _ = watched
+    (tmp_path / "generate.yaml").write_text("promt: ['조조는?']\n", encoding="utf-8")
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("watch"))
+    asked = ("--run", tmp_path / "run", "--config", tmp_path / "generate.yaml", "--once")
+    result = script("tools/watch.py", *asked, ok=False)
+    assert result.returncode == 2 and "did you mean `prompt`" in result.stderr, result.stderr

@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from html import escape
 from pathlib import Path
 from threading import Thread
@@ -30,15 +29,19 @@ from transformers import TextIteratorStreamer  # noqa: E402
 import generate  # noqa: E402
 from generate import UserError  # noqa: E402
 
+held: dict[str, tuple] = {}  # the models of the checkpoints that are side by side: at most two
 
-@lru_cache(maxsize=2)  # the two that are side by side
-def load(name: str, prompted_as: str):
+
+def load(name: str, prompted_as: str) -> tuple:
     """(model, tokenizer) of a checkpoint, asked with the prompt of `prompted_as`. Raises UserError."""
+    if name in held:
+        return held[name]
     device, dtype = generate.device_and_dtype()
     model = generate.load_model(name, dtype).to(device).eval()
     tokenizer = generate.load_tokenizer(prompted_as)
     generate.encode([[generate.turn("user", "?", tokenizer)]], tokenizer, model)
-    return model, tokenizer
+    held[name] = model, tokenizer
+    return held[name]
 
 
 def stream(question: str, name: str, prompted_as: str, max_new_tokens: int) -> Iterator[tuple[str, str]]:
@@ -105,7 +108,9 @@ def build(models: dict[str, tuple[str, str]], find, max_new_tokens: int):
         question, shown = question.strip(), ["", "", "", ""]
         if not question:
             raise gr.Error("질문을 적어 주세요.", print_exception=False)
-        article = find(question) if find else ""
+        article = find(question)
+        for other in set(held) - {left, right}:  # before another is read
+            del held[other]
         yield (*shown, article)
         for side, name in enumerate((left, right)):
             shown[2 * side + 1] = "불러오는 중 …"
@@ -137,21 +142,12 @@ def build(models: dict[str, tuple[str, str]], find, max_new_tokens: int):
                         show_label=False, container=False, interactive=False, elem_id=f"about-{len(chosen)}"
                     )
                     outputs += [said, about]
-            if find:
-                with gr.Column(min_width=280):
-                    outputs.append(
-                        gr.HTML("<p>질문에 맞는 글이 여기에 나옵니다.</p>", elem_id="evidence", max_height=460)
-                    )
-            else:
-                outputs.append(gr.HTML(visible=False))
-        what = {"fn": answer, "inputs": [question, *chosen], "outputs": outputs, "concurrency_limit": 1}
+            with gr.Column(min_width=280):
+                outputs.append(gr.HTML("<p>질문에 맞는 글이 여기에 나옵니다.</p>", elem_id="evidence", max_height=460))
         gr.on(
-            [button.click, question.submit],
-            **what,
-            concurrency_id="models",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+            [button.click, question.submit], answer, [question, *chosen], outputs,
+            concurrency_limit=1, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     return page, theme
 
 
@@ -171,12 +167,17 @@ def main():
         import gradio  # noqa: F401
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements-tools.txt") from None
+    for name, value, (low, high) in (
+        ("port", args.port, (1, 65535)),
+        ("max_new_tokens", args.max_new_tokens, generate.RANGES["max_new_tokens"]),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"--{name} must be from {low} to {high}, not {value}")
     asked = {name: generate.expand(name) for name in args.checkpoint}
     models = {path: (path, path) for found in asked.values() for path, _ in found}
     if base := generate.base_of(asked, args.base_model):
         models = {base[0]: base, **models}
     with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if free.connect_ex(("127.0.0.1", args.port)) == 0:
             raise UserError(f"port {args.port} is taken; choose another with --port")
     if not torch.accelerator.is_available():

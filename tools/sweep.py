@@ -67,6 +67,9 @@ def read_config(path: Path) -> dict:
     if unknown := set(config) - known:
         raise UserError(f"{path}: unknown key `{min(unknown)}`; known are {', '.join(sorted(known))}")
     config = DEFAULTS | config
+    for key in ("train", "quiz", "output_dir", "tier", "measure"):
+        if not isinstance(config[key], str):
+            raise UserError(f"{path}: `{key}` must be text, not {config[key]}")
     for key, choices in (("search", ("grid", "random")), ("keep", ("best", "all"))):
         if config[key] not in choices:
             raise UserError(f"{path}: `{key}` must be one of {', '.join(choices)}, not {config[key]}")

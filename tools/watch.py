@@ -48,14 +48,16 @@ td:first-child { text-align: right; color: #666; white-space: nowrap }
 
 
 def ask(checkpoint: Path, out: Path, gpu: str, *arguments) -> bool:
-    """Runs generate.py on one checkpoint; False where it could not answer, for example since it was removed."""
+    """Runs generate.py on one checkpoint; False where it was removed before it could answer. Raises UserError."""
     command = [sys.executable, ROOT / "generate.py", "--checkpoint", checkpoint, "--base_model", "none"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     result = subprocess.run(
         [*command, "--output_file", out, *arguments], env=environment, capture_output=True, text=True
     )
+    if result.returncode and (checkpoint / "manifest.json").exists():
+        raise UserError((result.stderr.strip().splitlines() or [f"generate.py ended with {result.returncode}"])[-1])
     if result.returncode:
-        print(f"skipping {checkpoint}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"skipping {checkpoint}: it was removed before it could be asked", file=sys.stderr)
     return not result.returncode
 
 
@@ -160,6 +162,8 @@ def main():
                 to_tensorboard(args.run, read_rows(samples), scores, step)
             told = f", A exact {scores['A']['exact'][0]:.0%}" if scores and "A" in scores else ""
             print(f"step {step:,}: {folder}/watch.html{told}", flush=True)
+        if args.once and not whole:
+            raise UserError(f"{args.run} holds no whole checkpoint")
         if finished or args.once:
             write_page(args.run, folder, bool(args.quiz), finished)
             return
