@@ -20,31 +20,22 @@ import pickle
 import platform
 import re
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
+import transformers  # by name alone: what is taken from it is imported when it is first used
 import yaml
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    TextStreamer,
-    set_seed,
-)
-from transformers.initialization import no_init_weights
 from trl import TrlParser
 
 SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of sharded weights
@@ -85,6 +76,9 @@ class GenerateArguments:
     )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
     batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
+    engine: str = field(
+        default="transformers", metadata={"help": "transformers, or vllm where it is installed: faster on a GPU."}
+    )
     do_sample: bool = field(default=False, metadata={"help": "Sample; otherwise the likeliest token each time."})
     temperature: float = field(default=0.7, metadata={"help": "With do_sample: below 1 sharpens, above 1 flattens."})
     top_p: float = field(default=0.9, metadata={"help": "With do_sample: from the likeliest tokens of this total."})
@@ -276,15 +270,22 @@ class MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class ShardReader(dcp.FileSystemReader):
-    """torch's reader of shards, with the index read by MetadataUnpickler."""
+def read_shards(shards: Path, weights: dict[str, torch.Tensor]):
+    """Reads FSDP shards into these tensors: torch's reader, with the index read by MetadataUnpickler."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as f:
-            metadata = MetadataUnpickler(f).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    class ShardReader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs) -> Metadata:
+            with open(Path(self.path) / ".metadata", "rb") as f:
+                metadata = MetadataUnpickler(f).load()
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    reader = ShardReader(shards)
+    reader.read_metadata()  # torch hides its errors behind its own
+    dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
 
 
 def keep_memory():
@@ -327,35 +328,53 @@ def check_weights(folder: Path):
                 raise UserError(f"{folder / name} is damaged: its checksum is not that of manifest.json")
 
 
-def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, of FSDP shards or of the hub, on the CPU and in `dtype`. Raises UserError."""
+def load_model(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a folder, FSDP shards, a LoRA adapter or the hub, on the CPU and in `dtype`. Raises UserError."""
     shards = Path(name) / SHARDS
     check_weights(Path(name))
     try:
+        if (Path(name) / "adapter_config.json").exists():
+            return load_adapter(name, dtype)
         if not shards.is_dir() or any(Path(name).glob("*.safetensors")):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
             if info["missing_keys"]:  # which would be drawn at random
                 raise ValueError(f"it lacks weights, the first {min(info['missing_keys'])}")
             return model
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        with no_init_weights():  # as from_pretrained does: buffers keep their precision, and no weight is made twice
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with (
+            transformers.initialization.no_init_weights()
+        ):  # as from_pretrained does: buffers keep their precision, and no weight is made twice
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
-        reader = ShardReader(shards)
-        reader.read_metadata()  # torch hides its errors behind its own
-        dcp.load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        read_shards(shards, model.state_dict())
+        model.generation_config = transformers.GenerationConfig.from_pretrained(name)
         return model
+    except UserError:  # of an adapter's base
+        raise
     except Exception as e:  # for a folder that is broken the libraries raise anything
         raise cannot_load(name, e) from None
+
+
+def load_adapter(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model that a LoRA adapter was trained from, with what it learned added to the weights in fp32."""
+    if not find_spec("peft"):
+        raise UserError(
+            f"{name} is a LoRA adapter, which needs the package peft: pip install -r requirements-tools.txt"
+        )
+    from peft import PeftModel
+
+    base = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(load_model(base, torch.float32), name).merge_and_unload()
+    model.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    return model.to(dtype)
 
 
 def load_tokenizer(name: str, chat_template_path: str | None = None):
     """The tokenizer of a checkpoint, padding on the left as generation needs it. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as e:  # tokenizers raises nothing narrower
         raise cannot_load(name, e) from None
     if chat_template_path:
@@ -433,15 +452,15 @@ def sampling(args: GenerateArguments) -> dict:
     return {**kwargs, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
-    """The ids that end an answer, of the generation config and the tokenizer. Raises UserError."""
-    ids = model.generation_config.eos_token_id
+def stop_tokens(config, tokenizer) -> list[int]:
+    """The ids that end an answer, of a model's generation config and its tokenizer. Raises UserError."""
+    ids = config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     ids = [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
     if not ids:
         raise UserError(
-            f"{model.name_or_path or 'the model'} cannot end an answer: neither its generation_config.json nor its "
-            "tokenizer names an eos token"
+            f"{tokenizer.name_or_path} cannot end an answer: neither its generation_config.json nor its tokenizer "
+            "names an eos token"
         )
     return ids
 
@@ -450,7 +469,7 @@ def turn(role: str, text: str, tokenizer) -> dict[str, str]:
     return {"role": role, "content": break_special_tokens(text, tokenizer)}
 
 
-def encode(chats: list[list[dict[str, str]]], tokenizer, model: PreTrainedModel | None = None):
+def encode(chats: list[list[dict[str, str]]], tokenizer, model: torch.nn.Module | None = None):
     """Chats as one left-padded batch, each rendered by the checkpoint's own chat template.
 
     Returns {"input_ids", "attention_mask"}, each [chats, tokens]. Raises UserError where it cannot.
@@ -470,20 +489,59 @@ def encode(chats: list[list[dict[str, str]]], tokenizer, model: PreTrainedModel 
 
 
 @torch.inference_mode()
-def answer(questions: list[str], model: PreTrainedModel, tokenizer, args: GenerateArguments) -> list[dict]:
+def answer(questions: list[str], model: torch.nn.Module, tokenizer, args: GenerateArguments) -> list[dict]:
     """Answers one batch of questions: [{"answer", "tokens", "ended", "seconds"}] (seconds: the batch's share)."""
     start = time.perf_counter()
     batch = encode([[turn("user", question, tokenizer)] for question in questions], tokenizer, model)
-    stop = stop_tokens(model, tokenizer)
+    stop = stop_tokens(model.generation_config, tokenizer)
     output = model.generate(**batch, **sampling(args), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     seconds = (time.perf_counter() - start) / len(questions)
-    answers = []
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((i for i, token in enumerate(ids) if token in stop), None)
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-        tokens = len(ids) if end is None else end + 1
-        answers.append({"answer": text, "tokens": tokens, "ended": end is not None, "seconds": round(seconds, 3)})
-    return answers
+    return [read_answer(ids, stop, tokenizer, seconds) for ids in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def read_answer(ids: list[int], stop: list[int], tokenizer, seconds: float) -> dict:
+    """{"answer", "tokens", "ended", "seconds"} of generated ids: up to the first token that ends an answer."""
+    end = next((i for i, token in enumerate(ids) if token in stop), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    tokens = len(ids) if end is None else end + 1
+    return {"answer": text, "tokens": tokens, "ended": end is not None, "seconds": round(seconds, 3)}
+
+
+def answer_with_vllm(
+    questions: list[str], name: str, tokenizer, args: GenerateArguments, dtype: torch.dtype
+) -> list[dict]:
+    """As `answer`, of all questions at once, by vLLM, which loads the model itself. Raises UserError.
+
+    vLLM reads whole models only: of FSDP shards and LoRA adapters it is given a copy in a temporary folder.
+    """
+    from vllm import LLM, SamplingParams
+
+    check_weights(Path(name))
+    prompts = [
+        encode([[turn("user", question, tokenizer)]], tokenizer)["input_ids"][0].tolist() for question in questions
+    ]
+    with tempfile.TemporaryDirectory() as copy:
+        try:
+            stop = stop_tokens(transformers.GenerationConfig.from_pretrained(name), tokenizer)
+            if Path(name).is_dir() and not any(Path(name).glob("model*.safetensors")):
+                load_model(name, dtype).save_pretrained(copy)
+                name = copy
+            room = max(map(len, prompts)) + args.max_new_tokens
+            llm = LLM(name, dtype=str(dtype)[6:], max_model_len=room, skip_tokenizer_init=True, seed=args.seed)
+        except UserError:
+            raise
+        except Exception as e:  # vLLM raises anything
+            raise cannot_load(name, e) from None
+        start = time.perf_counter()
+        how = {k: v for k, v in sampling(args).items() if k in ("temperature", "top_p", "top_k") and v is not None}
+        params = SamplingParams(
+            **(how if args.do_sample else {"temperature": 0}), repetition_penalty=args.repetition_penalty,
+            max_tokens=args.max_new_tokens, stop_token_ids=stop, detokenize=False, seed=args.seed,
+        )  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        seconds = (time.perf_counter() - start) / len(questions)
+        del llm  # the next checkpoint needs its memory
+        return [read_answer(list(o.outputs[0].token_ids), stop, tokenizer, seconds) for o in outputs]
 
 
 def show(answers: list[dict], console: Console, limit: int | None = None):
@@ -507,15 +565,15 @@ def show(answers: list[dict], console: Console, limit: int | None = None):
         console.print(f"… and {len(questions) - limit:,} more questions")
 
 
-def chat(model: PreTrainedModel, tokenizer, args: GenerateArguments):
+def chat(model: torch.nn.Module, tokenizer, args: GenerateArguments):
     """A conversation until an empty line; answers stream, Ctrl-C cuts one short, /reset forgets what was said.
 
     Training shows one question at a time: after /reset a question is asked as there.
     """
     with suppress(ImportError):  # there is none on Windows
         importlib.import_module("readline")  # arrows, and a backspace that knows Hangul
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stop = stop_tokens(model, tokenizer)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop = stop_tokens(model.generation_config, tokenizer)
     turns: list[dict[str, str]] = []
     print("Ask; /reset begins anew, an empty line ends.")
     while True:
@@ -545,6 +603,12 @@ def main(args: GenerateArguments, config: str):
         raise UserError("name a checkpoint: --checkpoint outputs/demo")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {args.dtype}")
+    if args.engine not in ("transformers", "vllm"):
+        raise UserError(f"engine must be transformers or vllm, not {args.engine}")
+    if args.engine == "vllm" and args.interactive:
+        raise UserError("interactive answers come from transformers; for vllm there is `vllm serve`")
+    if args.engine == "vllm" and not find_spec("vllm"):
+        raise UserError("engine vllm needs the package vllm, best in an environment of its own; transformers is there")
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) <= high:  # false of NaN
             raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(args, name)}")
@@ -572,8 +636,11 @@ def main(args: GenerateArguments, config: str):
         try:
             tokenizer = load_tokenizer(prompted_as, args.chat_template_path)
             encode([[turn("user", "?", tokenizer)]], tokenizer)
-            model = load_model(name, dtype).to(device).eval()
-            stop_tokens(model, tokenizer)
+            if args.engine == "vllm":
+                results = answer_with_vllm([row["prompt"] for row in rows], name, tokenizer, args, dtype)
+            else:
+                model = load_model(name, dtype).to(device).eval()
+                stop_tokens(model.generation_config, tokenizer)
         except UserError as e:
             if len(checkpoints) == 1:
                 raise
@@ -582,15 +649,17 @@ def main(args: GenerateArguments, config: str):
             continue
         if args.interactive:
             return chat(model, tokenizer, args)
-        set_seed(args.seed)
-        for i in tqdm(range(0, len(rows), args.batch_size), desc=name, unit="batch", disable=None):
-            batch = rows[i : i + args.batch_size]
-            results = answer([row["prompt"] for row in batch], model, tokenizer, args)
-            for row, result in zip(batch, results, strict=True):
-                own = {"prompt": row["prompt"], "checkpoint": name, "step": step, **result}
-                # A question's own fields go along; one of the same name, such as a quiz's answer, as row_answer.
-                answers.append({**{f"row_{k}" if k in own else k: v for k, v in row.items() if k != "prompt"}, **own})
-        del model
+        if args.engine == "transformers":
+            transformers.set_seed(args.seed)
+            results = []
+            for i in tqdm(range(0, len(rows), args.batch_size), desc=name, unit="batch", disable=None):
+                questions = [row["prompt"] for row in rows[i : i + args.batch_size]]
+                results += answer(questions, model, tokenizer, args)
+            del model
+        for row, result in zip(rows, results, strict=True):
+            own = {"prompt": row["prompt"], "checkpoint": name, "step": step, **result}
+            # A question's own fields go along; one of the same name, such as a quiz's answer, as row_answer.
+            answers.append({**{f"row_{k}" if k in own else k: v for k, v in row.items() if k != "prompt"}, **own})
     show(answers, Console(highlight=False), limit=SHOWN if args.output_file else None)
 
     if args.output_file and answers:

@@ -1,14 +1,16 @@
-"""Teach a causal language model the chats of train.jsonl: full fine-tuning with TRL's SFTTrainer, FSDP2 over GPUs.
+"""Teach a causal language model the chats of train.jsonl with TRL's SFTTrainer: all its weights, FSDP2 over GPUs.
 
 Prints what will run before the first step, goes on from the last complete checkpoint of the same run, and leaves
 self-contained checkpoints, `final` (an ordinary Hugging Face folder), training_log.jsonl and loss.png in `output_dir`.
 
     accelerate launch --config_file accelerate_fsdp.yaml train.py    # two GPUs, configs/three_kingdoms/train.yaml
-    python train.py --config configs/demo/train.yaml                 # one GPU, or the CPU
+    python train.py --config configs/small_gpu/train.yaml            # LoRA, a GPU of 12 GB
+    python train.py --config configs/demo/train.yaml                 # the CPU
     python train.py --dry_run                                        # only tell: steps, tokens, memory, disk
 """
 
 import argparse
+import copy
 import ctypes
 import difflib
 import errno
@@ -46,7 +48,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTConfig, SFTTrainer, TrlParser, pack_dataset
+from transformers.utils import is_peft_available
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, pack_dataset
 from trl.trainer import utils as trl_utils
 
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
@@ -77,6 +80,8 @@ RANGES = {
     "warmup_steps": (0, 2**31),
 }  # fmt: skip
 
+LORA_RANGES = {"lora_r": (1, 2**16), "lora_alpha": (1, 2**16), "lora_dropout": (0, 0.99)}
+
 # The exit code of a run that was asked to stop and saved: sysexits.h calls it EX_TEMPFAIL, try again later.
 STOPPED = 75
 
@@ -90,6 +95,13 @@ class UserError(Exception):
 
 class BadNumbers(Exception):
     """Loss, gradient or a module's output is not finite: told by the process that saw it, exit code 3."""
+
+
+def check_ranges(arguments, ranges: dict[str, tuple[float, float]]):
+    for name, (low, high) in ranges.items():
+        value = getattr(arguments, name)
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # false of NaN
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
 @dataclass
@@ -116,12 +128,33 @@ class ScriptArguments:
             "help": "Leave the embeddings, and the output layer tied to them, as they are: faster, less memory."
         },
     )
+    use_peft: bool = field(
+        default=False,
+        metadata={
+            "help": "LoRA: learn small matrices beside the weights, which stay as they are; `final` has the sum."
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "With use_peft: the rank of these matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "With use_peft: their product counts alpha / r times."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "With use_peft: the share of their input dropped."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "With use_peft: the layers that get them; all-linear: all but the output layer."},
+    )
     allow_truncation: bool = field(
         default=False, metadata={"help": "Cut rows longer than max_length instead of refusing them."}
     )
     detect_anomaly: bool = field(
         default=False, metadata={"help": "Slow: name the module whose output is the first to be NaN or infinite."}
     )
+
+    def __post_init__(self):
+        check_ranges(self, LORA_RANGES)
+
+    @property
+    def lora(self) -> dict:
+        """The settings of LoRA by the names that they have in TRL's ModelConfig; empty without use_peft."""
+        return {k: v for k, v in vars(self).items() if k.startswith("lora_")} if self.use_peft else {}
 
 
 @dataclass
@@ -133,10 +166,7 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # false of NaN
-                raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        check_ranges(self, RANGES)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and computes_bf16()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns at each epoch otherwise
@@ -455,11 +485,12 @@ def stop_tokens(name_or_path: str, tokenizer, eos_token: str | None, **hub) -> l
 
 
 def estimate_memory(
-    config, parameters: int, frozen: int, args: SFTConfig, shards: int, numbers: dict
+    config, parameters: int, frozen: int, lora: bool, args: SFTConfig, shards: int, numbers: dict
 ) -> tuple[int, int]:
     """Bytes a device needs: (states, activations). Read from the libraries' code; measured on a CPU, not yet on GPUs.
 
-    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter (a frozen one 4), over the shards.
+    States: fp32 weights, gradients and Adam's two moments, 16 bytes a parameter (a frozen one 4, beside LoRA's as wide
+    as the arithmetic), over the shards.
     Beside them, whole on each device: a second gradient of the output layer where it is learned; data parallel's
     buckets of gradients (4 bytes a parameter); under FSDP2 with accumulation the gradients that wait (4 bytes), a
     block and the embedding gathered; without FSDP autocast's copy of the weights.
@@ -475,12 +506,13 @@ def estimate_memory(
     width = 4 if args.mixed_precision == "no" else 2  # bytes of a number in the arithmetic
     tokens, labels = (args.per_device_train_batch_size * numbers[key] for key in ("longest", "most_labels"))
     head = text.vocab_size * hidden
-    states = (16 * parameters - 12 * frozen) // shards + 4 * head * (not frozen)
+    learned = parameters - frozen
+    states = (16 * learned + (width if lora else 4) * frozen) // shards + 4 * head * (not frozen)
     if shards > 1:
         states += (head + (parameters - head) // layers) * width
         states += 4 * parameters * (args.gradient_accumulation_steps > 1)
     else:
-        states += 4 * parameters * (args.world_size > 1) + parameters * width * (width == 2)  # autocast's copy
+        states += 4 * learned * (args.world_size > 1) + learned * width * (width == 2)  # autocast's copy
     a_layer = tokens * width * (9 * hidden + 4 * mlp)
     kept = layers * tokens * width * hidden + a_layer if args.activation_checkpointing else layers * a_layer
     on_cpu = args.device.type == "cpu"
@@ -639,6 +671,7 @@ def make_recipe(
         "train_file": script_args.train_file,
         "data_sha256": data,
         **({"freeze_embeddings": True} if script_args.freeze_embeddings else {}),
+        **script_args.lora,
         "num_processes": args.world_size,
         "sharding": fsdp,
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine(),
@@ -768,6 +801,7 @@ def model_card(recipe: dict, licence: str | None = None) -> str:
         if llama
         else f"The terms of {base} apply to these weights."
     )
+    how = f"fine-tuned by LoRA of rank {recipe['lora_r']}, merged," if "lora_r" in recipe else "fully fine-tuned"
     lines = [
         "---",
         "library_name: transformers",
@@ -777,7 +811,7 @@ def model_card(recipe: dict, licence: str | None = None) -> str:
         "tags: [trl, sft]",
         "---",
         f"# {name if not llama else 'Llama' + name[llama.end() :]}, taught one topic",
-        f"{base}, fully fine-tuned with TRL's SFTTrainer on {recipe['train_file']} (sha256 {recipe['data_sha256']}).",
+        f"{base}, {how} with TRL's SFTTrainer on {recipe['train_file']} (sha256 {recipe['data_sha256']}).",
         "## Limits",
         "It answers from memory and can be wrong, also where it sounds sure: look up what matters. It was taught one "
         "topic; on others it knows what its base model knew, or less. It saw single questions, not conversations.",
@@ -930,6 +964,7 @@ class Trainer(SFTTrainer):
 
     def save_companions(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, a form with nothing filled in
         model = self.accelerator.unwrap_model(self.model)
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
@@ -949,7 +984,8 @@ class Trainer(SFTTrainer):
 
     def speed(self) -> dict[str, float]:
         """Tokens a second through all devices since the last log; the memory of this process, on a GPU its peak; and
-        where TRL knows the GPU, MFU by its formula: the per cent of what the GPU can do in bf16.
+        where TRL knows the GPU, MFU by its formula: the per cent of what the GPU can do in bf16 (not with LoRA, which
+        leaves out a third of what the formula counts).
         """
         now, tokens = time.monotonic(), self._total_train_tokens
         rate = (tokens - self.counted) / (now - self.clock)
@@ -957,7 +993,11 @@ class Trainer(SFTTrainer):
         cuda = self.args.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
         found = {"tokens_per_second": round(rate, 1), "memory_gib": round(memory / 2**30, 2)}
-        if cuda and (peak := trl_utils.get_peak_flops(torch.cuda.get_device_name(), "bfloat16")):
+        if (
+            cuda
+            and "lora_r" not in self.recipe
+            and (peak := trl_utils.get_peak_flops(torch.cuda.get_device_name(), "bfloat16"))
+        ):
             with suppress(AttributeError):  # the formula is for models built as Llama is
                 flops = trl_utils.compute_flops_per_token(self.model.config.get_text_config(), self.row_tokens)
                 found["mfu"] = round(trl_utils.compute_mfu(flops, rate, self.args.world_size, peak), 1)
@@ -982,13 +1022,20 @@ class Trainer(SFTTrainer):
         self.accelerator.wait_for_everyone()  # trainer_state.json and the manifest, written next, cover all
 
     def save_final(self):
-        """Gathers the whole model on the first process and writes output_dir/final, whole or not at all."""
-        state_dict = self.accelerator.get_state_dict(self.model)
+        """Gathers the whole model on the first process and writes output_dir/final, whole or not at all.
+
+        What LoRA learned is added to the weights, in fp32.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if "lora_r" in self.recipe:
+            model = model.float().merge_and_unload()
+            state_dict = model.state_dict()
+        else:
+            state_dict = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
             final = Path(self.args.output_dir) / "final"
             beside = final.with_name("final.partial")
             shutil.rmtree(beside, ignore_errors=True)
-            model = self.accelerator.unwrap_model(self.model)
             for tied in model.all_tied_weights_keys:  # gathered, they no longer share memory: store them once
                 state_dict.pop(tied, None)
             model.save_pretrained(beside, state_dict=state_dict)
@@ -1078,11 +1125,17 @@ def gigabytes(n: float) -> str:
     return f"{n / 2**30:,.1f} GiB"
 
 
-def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> tuple[int, str | None]:
+def print_plan(script_args, args, config, model_config, numbers: dict, fsdp, peft_config) -> tuple[int, str | None]:
     """Prints every number of the run before it starts. Returns the steps, and why it cannot fit (or None)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
+        model.get_input_embeddings().requires_grad_(not script_args.freeze_embeddings)
+        if peft_config:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, copy.deepcopy(peft_config))
     parameters = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     processes, batch = args.world_size, args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     batches = -(-numbers["sequences"] // (batch * processes))
@@ -1090,10 +1143,10 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     steps = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * steps_an_epoch // 1))
     step_tokens = numbers["tokens_kept"] / numbers["sequences"] * batch * processes * accumulation
 
-    frozen = model.get_input_embeddings().weight.numel() if script_args.freeze_embeddings else 0
     # as accelerate reads it: over how many processes each copy of the model is sharded
     shards = int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", processes)) if fsdp else 1
-    states, activations = estimate_memory(model_config, parameters, frozen, args, shards, numbers)
+    lora = peft_config is not None
+    states, activations = estimate_memory(model_config, parameters, frozen, lora, args, shards, numbers)
     needed = states + activations
     plan_memory = f"(weights, gradients, Adam {gigabytes(states)}; activations {gigabytes(activations)}"
     if args.device.type == "cuda":
@@ -1107,8 +1160,9 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     saves = 0 if args.save_strategy == "no" else -(-steps // max(1, int(every if every >= 1 else every * steps)))
     saves = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # one more while rotating
     full = fsdp is not None and "FULL" in str(fsdp.state_dict_type)
-    # fp32 weights and Adam's two moments; final: weights
-    disk = parameters * ((16 if full else 12) * saves + 4) - 8 * frozen * saves
+    # fp32 weights and Adam's two moments, of LoRA only what is learned; final: weights
+    learned = parameters - frozen
+    disk = saves * (learned * (16 if full else 12) + (0 if lora else 4 * frozen)) + 4 * parameters
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     own = [file for name in ("checkpoint-*", "final") for part in folder.glob(name) for file in part.rglob("*")]
@@ -1120,7 +1174,7 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp) -> 
     plan = {
         "recipe": config,
         "model": f"{script_args.model_name_or_path}, {parameters:,} parameters"
-        + (f" ({frozen:,} of them frozen)" if frozen else "")
+        + (f", {learned:,} of them learned (LoRA)" if lora else f" ({frozen:,} of them frozen)" if frozen else "")
         + f", {precision}, on {args.device.type}",
         "data": f"{script_args.train_file}: {numbers['rows']:,} rows, {numbers['tokens']:,} tokens in "
         f"{numbers['sequences']:,} sequences of at most {numbers['longest']:,}",
@@ -1185,8 +1239,14 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     disable_progress_bars()  # those of datasets: one for each step of packing, in every process
     output_dir, name = Path(args.output_dir), script_args.model_name_or_path
+    peft_config = None
+    if script_args.use_peft:
+        if not is_peft_available():
+            raise UserError("use_peft needs the package peft: pip install -r requirements-tools.txt")
+        peft_config = get_peft_config(ModelConfig(use_peft=True, **script_args.lora))
+    # Weights that are learned are kept in fp32, which remembers small updates.
     model_kwargs = {
-        "dtype": torch.float32,
+        "dtype": torch.bfloat16 if peft_config and args.mixed_precision == "bf16" else torch.float32,
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
@@ -1216,6 +1276,8 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     if args.load_best_model_at_end and f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in names:
         raise UserError(f"load_best_model_at_end needs metric_for_best_model to be one of {', '.join(names)}")
     fsdp = fsdp_settings(args)
+    if peft_config and fsdp:
+        raise UserError("use_peft needs no sharding: start it without accelerate_fsdp.yaml, as `python train.py`")
     final, checkpoint, finished = output_dir / "final", None, False
     if not script_args.reproduce:
         if not script_args.dry_run:
@@ -1226,7 +1288,12 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     then = read_recipe(earlier) if earlier else None
     if then:
         keep_step(earlier, then, args, fsdp is not None)
-    steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp)
+    try:
+        steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp, peft_config)
+    except ValueError as e:
+        if not peft_config:
+            raise
+        raise UserError(f"use_peft: {first_line(e)}") from None
     if script_args.dry_run:
         say(f"dry run: it cannot fit: {obstacle}" if obstacle else "dry run: stopping before the first step")
         sys.exit(1 if obstacle else 0)
@@ -1271,6 +1338,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
             train_dataset=dataset,
             eval_dataset=eval_datasets or None,
             processing_class=tokenizer,
+            peft_config=peft_config,
         )
     except (ImportError, RuntimeError, ValueError) as e:  # settings that exclude each other, a tracker not installed
         if isinstance(e, RuntimeError) and "to be installed" not in str(e):

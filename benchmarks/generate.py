@@ -35,7 +35,7 @@ def one_at_a_time(questions: list[str], model, tokenizer, tokens: int) -> list[t
         ).to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-            eos_token_id=generate.stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=generate.stop_tokens(model.generation_config, tokenizer), pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         new = output[0, inputs["input_ids"].shape[1] :]
         answers.append((tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)))

@@ -40,3 +40,14 @@ def test_memory_is_estimated(recipe, tmp_path):
     result = script("benchmarks/memory.py", "--config", recipe, "--steps", "6", "--work", tmp_path / "run")
     _, _, ratio, steps = map(float, re.findall(r"\| ([\d.]+)(?= \|)", result.stdout.splitlines()[-1]))
     assert steps == 6 and 0.8 < ratio < 1.25
+
+
+def test_ways_to_train_on_a_gpu(tiny_model, chats, tmp_path):
+    """All that needs no GPU: the article's settings, `trl sft` and ours side by side, and a way that cannot run."""
+    ways = ["the article's settings", "trl sft", "configs/three_kingdoms", "configs/small_gpu"]
+    flash = "… FlashAttention 2"  # not installed here
+    small = ("--tokenizer", tiny_model, "--hidden_size", "64", "--layers", "2", "--steps", "6", "--train_file", chats)
+    result = script("benchmarks/gpu.py", *small, "--work", tmp_path / "work", "--only", *ways, flash)
+    table = dict(re.findall(r"^\| (.+?) \| ([\d,]+) \|", result.stdout, re.MULTILINE))
+    assert list(table) == ways and all(float(rate.replace(",", "")) > 0 for rate in table.values())
+    assert f"{flash} does not run: " in result.stdout

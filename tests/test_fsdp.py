@@ -239,3 +239,14 @@ def test_two_machines_each_hold_a_copy_in_shards(sharded_run, recipe, tmp_path):
         torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
     from_shards = generate.load_model(str(tmp_path / "run" / "checkpoint-8"), torch.float32).state_dict()
     assert all(torch.equal(from_shards[name], weight) for name, weight in four.items())
+
+
+def test_lora_learns_on_two_processes_without_fsdp(recipe, fp32_config, tmp_path):
+    """Plain data parallel equals one process with as many sequences a step; with FSDP it is refused."""
+    lora = ("--config", recipe, "--use_peft", "true", "--lora_r", "4", *PLAIN)
+    launch(fp32_config, *lora, "--output_dir", tmp_path / "two", fsdp=False)
+    script("train.py", *lora, "--gradient_accumulation_steps", "2", "--output_dir", tmp_path / "one")
+    two, one = weights(tmp_path / "two/final"), weights(tmp_path / "one/final")
+    assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
+    refused = launch(fp32_config, *lora, "--output_dir", tmp_path / "sharded", ok=False)
+    assert "use_peft needs no sharding" in refused.stderr

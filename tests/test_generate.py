@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import weakref
+from importlib.util import find_spec
 
+import pytest
 import torch
 from conftest import ROOT, read_jsonl, script
 
@@ -48,6 +52,27 @@ def test_final_is_asked_where_the_last_checkpoint_is_another(finished_run, tmp_p
     assert generate.base_of(asked, "auto")[1] == f"{run}/checkpoint-4"  # asked with its own run's prompt
 
 
+def test_twenty_checkpoints_are_asked_one_model_at_a_time(finished_run, tmp_path, monkeypatch, capsys):
+    """Each is gone before the next is read, and nothing but weights is read: the optimizer's files are broken here."""
+    run, alive, load = tmp_path / "run", weakref.WeakSet(), generate.load_model
+    for step in range(1, 21):
+        folder = shutil.copytree(finished_run / "checkpoint-8", run / f"checkpoint-{step}")
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        (folder / "recipe.json").write_text(json.dumps({**recipe, "step": step}), encoding="utf-8")
+        (folder / "optimizer.pt").write_bytes(b"no optimizer")
+
+    def load_alone(*args):
+        assert not list(alive)
+        alive.add(model := load(*args))
+        return model
+
+    monkeypatch.setattr(generate, "load_model", load_alone)
+    arguments = {"checkpoint": [str(run)], "prompt": ["조조의 자는?"], "max_new_tokens": 2}
+    generate.main(generate.GenerateArguments(**arguments), "")
+    shown = capsys.readouterr().out
+    assert [int(step) for step in re.findall(r", step (\d+):", shown)] == list(range(21))
+
+
 def test_half_written_checkpoints_are_named_and_left_out(finished_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -76,7 +101,7 @@ def test_answers_do_not_depend_on_the_batch_size(finished_run):
 def test_an_answer_ends_at_any_of_the_stop_tokens(finished_run):
     tokenizer = generate.load_tokenizer(str(finished_run / "final"))
     model = generate.load_model(str(finished_run / "final"), torch.float32).eval()
-    assert set(generate.stop_tokens(model, tokenizer)) == {1, 2}
+    assert set(generate.stop_tokens(model.generation_config, tokenizer)) == {1, 2}
     favourite = torch.full((len(tokenizer),), -1e9)
     favourite[1] = 1e9  # <|end_of_text|>, which is not the tokenizer's eos
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + favourite)
@@ -127,3 +152,21 @@ def test_questions_typed_in_are_answered(finished_run, tmp_path):
     script("generate.py", "--checkpoint", finished_run / "checkpoint-8", *batch)
     (row,) = read_jsonl(tmp_path / "answers.jsonl")
     assert row["answer"] and row["answer"] in result.stdout
+
+
+def test_vllm_is_named_where_it_is_missing(finished_run):
+    ask = ("generate.py", "--checkpoint", finished_run, "--prompt", "조조?", "--engine")
+    for engine, said in (("vllm", "needs the package vllm"), ("llama", "engine must be transformers or vllm")):
+        if engine == "llama" or not find_spec("vllm"):
+            result = script(*ask, engine, ok=False)
+            assert result.returncode == 2 and said in result.stderr
+
+
+@pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is installed by hand: it pins its own torch")
+def test_vllm_answers_as_transformers_does(gemma, tmp_path):
+    ask = ("generate.py", "--checkpoint", gemma, "--prompt", "조조에 대해 알려줘.", "--prompt", "유비?")
+    for engine in ("transformers", "vllm"):
+        settings = ("--max_new_tokens", "12", "--dtype", "float32", "--engine", engine)
+        script(*ask, *settings, "--output_file", tmp_path / f"{engine}.jsonl")
+    ours, theirs = (read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
+    assert [row["answer"] for row in ours] == [row["answer"] for row in theirs]

@@ -233,7 +233,7 @@ def main():
     dtype = torch.float32 if args.format == "gguf" else getattr(torch, args.dtype)  # the converter rounds by itself
     model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     gguf = f"model-{args.outtype}.gguf" if args.format == "gguf" else None
-    stop = [tokenizer.convert_ids_to_tokens(i) for i in stop_tokens(model, tokenizer)]
+    stop = [tokenizer.convert_ids_to_tokens(i) for i in stop_tokens(model.generation_config, tokenizer)]
     ollama = modelfile(gguf, tokenizer, stop) if gguf else None
     beside = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)

@@ -48,7 +48,7 @@ def stream(question: str, name: str, prompted_as: str, max_new_tokens: int) -> I
     """Yields the answer as far as it is said, and behind it how long it took and how it ended."""
     model, tokenizer = load(name, prompted_as)
     batch = generate.encode([[generate.turn("user", question, tokenizer)]], tokenizer, model)
-    stop = generate.stop_tokens(model, tokenizer)
+    stop = generate.stop_tokens(model.generation_config, tokenizer)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     settings = generate.sampling(generate.GenerateArguments(max_new_tokens=max_new_tokens))
     settings |= {"eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer}

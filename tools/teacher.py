@@ -107,7 +107,7 @@ def ask_model(prompts: list[str], args: argparse.Namespace) -> Iterator[tuple[st
         tokenizer = generate.load_tokenizer(args.model)
         model = generate.load_model(args.model, auto if args.dtype == "auto" else getattr(torch, args.dtype))
         model = model.to(device).eval()
-        generate.stop_tokens(model, tokenizer)
+        generate.stop_tokens(model.generation_config, tokenizer)
     except generate.UserError as e:
         raise UserError(str(e).replace("; --base_model none leaves a run's base model out", "")) from None
     greedy = generate.GenerateArguments(max_new_tokens=args.max_new_tokens)
