@@ -128,6 +128,7 @@ def main():
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.utils import get_peak_flops
 
+    cuda = torch.cuda.is_available()
     found: dict[str, list[dict]] = {}
     for _ in range(args.rounds):
         for name, way in ways.items():
@@ -137,7 +138,8 @@ def main():
                 rows = args.work / "rows"  # load_dataset takes a folder
                 rows.mkdir(exist_ok=True)
                 shutil.copy(args.train_file or ROOT / ours["train_file"], rows / "train.jsonl")
-                command = ["trl.scripts.sft", "--dataset_name", rows, *common]
+                here = [] if cuda else ["--use_cpu", "true", "--bf16", "false"]
+                command = ["trl.scripts.sft", "--dataset_name", rows, *here, *common]
             else:
                 own = ["--train_file", args.train_file] if args.train_file else []
                 command = ["train.py", *shlex.split(way), "--eval_file=", *own, *common]
@@ -147,7 +149,6 @@ def main():
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    cuda = torch.cuda.is_available()
     peak = get_peak_flops(torch.cuda.get_device_name(), "bfloat16") if cuda else None
     device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
     print(f"\nLlama of {parameters:,} parameters, {args.steps} steps, {args.rounds} rounds; {device}")
