@@ -342,10 +342,10 @@ def load_model(name: str, dtype: torch.dtype) -> torch.nn.Module:
             if info["missing_keys"]:  # which would be drawn at random
                 raise ValueError(f"it lacks weights, the first {min(info['missing_keys'])}")
             return model
+        from transformers.initialization import no_init_weights
+
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        with (
-            transformers.initialization.no_init_weights()
-        ):  # as from_pretrained does: buffers keep their precision, and no weight is made twice
+        with no_init_weights():  # as from_pretrained does: buffers keep their precision, and no weight is made twice
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
         read_shards(shards, model.state_dict())
