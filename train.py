@@ -38,19 +38,11 @@ from typing import get_args, get_type_hints
 import psutil
 import torch
 import yaml
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
-from datasets import Dataset, disable_progress_bars
 from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import is_peft_available
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, pack_dataset
-from trl.trainer import utils as trl_utils
+from trl import ModelConfig, SFTConfig, TrlParser
 
 # The date that a chat template prints when it asks for today's: Meta's own default for Llama 3.2.
 FIXED_DATE = datetime(2024, 7, 26)
@@ -275,6 +267,47 @@ def parse_args(dataclass_types, default_config: str) -> tuple:
     if unknown:
         raise UserError(f"command line: what is {unknown[0]!r}?")
     return *parsed, path
+
+
+def check_processes():
+    """Raises UserError when the launcher started more processes than there are GPUs."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
+        raise UserError(f"{processes} processes were started for {gpus} GPUs; launch with --num_processes={gpus}")
+
+
+def tell(function: Callable, *args):
+    """What a function returns; its UserError or BadNumbers is told in a sentence and ends the program."""
+    try:
+        return function(*args)
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BadNumbers as e:
+        print(f"train.py: process {os.environ.get('RANK', 0)}: {e}", file=sys.stderr, flush=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":  # --help and mistakes are told here, before libraries that take seconds to import
+    tell(check_processes)
+    PARSED = tell(parse_args, [ScriptArguments, TrainingArguments], "configs/three_kingdoms/train.yaml")
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list  # noqa: E402
+from datasets import Dataset, disable_progress_bars  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TrainerCallback,
+)
+from transformers.trainer_utils import rotate_checkpoints  # noqa: E402
+from transformers.utils import is_peft_available  # noqa: E402
+from trl import SFTTrainer, get_peft_config, pack_dataset  # noqa: E402
+from trl.trainer import utils as trl_utils  # noqa: E402
 
 
 def first_line(error: BaseException) -> str:
@@ -1101,13 +1134,6 @@ def is_full(error: BaseException) -> bool:
     return bool(re.search(said, str(error)))
 
 
-def check_processes():
-    """Raises UserError when the launcher started more processes than there are GPUs."""
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if torch.cuda.is_available() and processes > gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
-        raise UserError(f"{processes} processes were started for {gpus} GPUs; launch with --num_processes={gpus}")
-
-
 def fsdp_settings(args: SFTConfig) -> FullyShardedDataParallelPlugin | None:
     """The FSDP settings that take effect, read from where accelerate reads them; None when nothing will be sharded."""
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
@@ -1374,13 +1400,4 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
 
 
 if __name__ == "__main__":
-    try:
-        check_processes()
-        main(*parse_args([ScriptArguments, TrainingArguments], default_config="configs/three_kingdoms/train.yaml"))
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except BadNumbers as e:
-        print(f"train.py: process {os.environ.get('RANK', 0)}: {e}", file=sys.stderr, flush=True)
-        sys.exit(3)
+    tell(main, *PARSED)

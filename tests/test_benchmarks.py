@@ -10,7 +10,12 @@ from conftest import script
 def test_preprocess_keeps_what_the_article_keeps(tmp_path):
     result = script("benchmarks/preprocess.py", "--rows", "8000", "--rounds", "1", "--work", tmp_path)
     assert "kept: 1 articles by both" in result.stdout
-    for pair in ("the article's loop alone : its filter alone", "preprocess.py : reading the two columns"):
+    filters = "the article's loop alone : its filter alone, from "
+    for pair in (
+        f"{filters}parquet",
+        f"{filters}the cache that the loop reads",
+        "preprocess.py : reading the two columns",
+    ):
         assert float(re.search(rf"{pair} = ([\d.]+)", result.stdout)[1]) > 0
 
 
@@ -51,3 +56,9 @@ def test_ways_to_train_on_a_gpu(tiny_model, chats, tmp_path):
     table = dict(re.findall(r"^\| (.+?) \| ([\d,]+) \|", result.stdout, re.MULTILINE))
     assert list(table) == ways and all(float(rate.replace(",", "")) > 0 for rate in table.values())
     assert f"{flash} does not run: " in result.stdout
+
+
+def test_startup_is_timed(recipe, tmp_path):
+    result = script("benchmarks/startup.py", "--config", recipe, "--rounds", "1", "--work", tmp_path / "work")
+    table = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|", result.stdout, re.MULTILINE))
+    assert len(table) == 7 and float(table["train.py, to the first step"]) > float(table["train.py --help"]) > 0
