@@ -76,6 +76,7 @@ def main():
             start = time.perf_counter()
             found[name] = way()
             speeds[name].append(sum(tokens for _, tokens in found[name]) / (time.perf_counter() - start))
+            print(f"{name}: {speeds[name][-1]:.1f} tokens a second", flush=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     print(f"{args.model}, {len(questions)} questions, {args.max_new_tokens} new tokens, {dtype}, {where}")
     print("| | tokens a second (median) | times as fast | answers that differ |\n|-|-|-|-|")
