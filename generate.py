@@ -514,20 +514,24 @@ def answer_with_vllm(
 
     vLLM reads whole models only: of FSDP shards and LoRA adapters it is given a copy in a temporary folder.
     """
-    from vllm import LLM, SamplingParams
-
     check_weights(Path(name))
     prompts = [
         encode([[turn("user", question, tokenizer)]], tokenizer)["input_ids"][0].tolist() for question in questions
     ]
     with tempfile.TemporaryDirectory() as copy:
         try:
+            from vllm import LLM, SamplingParams
+
             stop = stop_tokens(transformers.GenerationConfig.from_pretrained(name), tokenizer)
             if Path(name).is_dir() and not any(Path(name).glob("model*.safetensors")):
                 load_model(name, dtype).save_pretrained(copy)
                 name = copy
             room = max(map(len, prompts)) + args.max_new_tokens
-            llm = LLM(name, dtype=str(dtype)[6:], max_model_len=room, skip_tokenizer_init=True, seed=args.seed)
+            eager = not torch.cuda.is_available()  # a CPU would compile for minutes
+            llm = LLM(
+                name, dtype=str(dtype)[6:], max_model_len=room, skip_tokenizer_init=True, seed=args.seed,
+                enforce_eager=eager,
+            )  # fmt: skip
         except UserError:
             raise
         except Exception as e:  # vLLM raises anything

@@ -1,7 +1,8 @@
 """Seconds until something is seen: --help of the three scripts, and train.py's first step with a tiny model.
 
 Beside them what the libraries take to be imported alone, without which a script does not know its own options. Each is
-a process of its own, in turn; the files are in the system's cache after the first round, which is not counted.
+a process of its own, in turn; the files are in the system's cache after the first round, which is not counted,
+unless there is one only.
 
     python benchmarks/startup.py --config configs/demo/train.yaml      # its rows and tokenizer, a small Llama
 """
@@ -52,7 +53,7 @@ def main():
     jobs |= {"train.py, to the first step": (step, "{'loss'")}
     jobs |= {f"only `{line}`": (["-c", line], None) for line in IMPORTS}
     found: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(args.rounds + 1):
+    for turn in range(1 if args.rounds == 1 else 0, args.rounds + 1):  # 0: not counted
         for name, (command, until) in jobs.items():
             shutil.rmtree(args.work / "run", ignore_errors=True)
             taken = seconds(command, until)
