@@ -380,7 +380,7 @@ def test_freed_memory_is_kept():
         import resource, sys, torch, train
         sys.argv[1:] and train.keep_memory()
         faults = lambda: (torch.ones(50_000_000), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1]
-        print(-faults() + faults())"""
+        print(min(-faults() + faults() for _ in range(3)))"""  # the first may meet a hole that is too small
     plain, kept = (int(run(sys.executable, "-c", code, *argument).stdout) for argument in ((), ("keep",)))
     assert kept < 1_000 < 40_000 < plain
 
@@ -421,6 +421,7 @@ def test_mfu_is_the_share_of_what_the_gpu_can(monkeypatch):
     monkeypatch.setattr(train.trl_utils, "get_peak_flops", lambda name, dtype: 1e9 if "H200" in name else None)
     arguments = SimpleNamespace(device=torch.device("cuda"), world_size=2)
     trainer = SimpleNamespace(_total_train_tokens=1500, counted=500, args=arguments, row_tokens=100, clock=0.0)
+    trainer.recipe = {}
     trainer.model = SimpleNamespace(config=config)
     monkeypatch.setattr("time.monotonic", lambda: 1.0)
     found = train.Trainer.speed(trainer)
