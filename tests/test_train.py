@@ -336,7 +336,8 @@ def test_other_kinds_of_models_learn_too(kind, recipe, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     run = ("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--packing", "false")
     script("train.py", "--config", recipe, *run)
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    found = losses(tmp_path / "run")
+    assert sum(found[-3:]) < sum(found[:3])  # each step has other rows
     result = script("generate.py", "--checkpoint", tmp_path / "run", "--prompt", "조조?", "--max_new_tokens", "4")
     assert "step 4" in result.stdout and "step 8" in result.stdout
 
