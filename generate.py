@@ -76,9 +76,7 @@ class GenerateArguments:
     )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
     batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
-    engine: str = field(
-        default="transformers", metadata={"help": "transformers, or vllm where it is installed: faster on a GPU."}
-    )
+    engine: str = field(default="transformers", metadata={"help": "transformers, or vllm where it is installed."})
     do_sample: bool = field(default=False, metadata={"help": "Sample; otherwise the likeliest token each time."})
     temperature: float = field(default=0.7, metadata={"help": "With do_sample: below 1 sharpens, above 1 flattens."})
     top_p: float = field(default=0.9, metadata={"help": "With do_sample: from the likeliest tokens of this total."})

@@ -29,7 +29,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -142,6 +142,10 @@ class ScriptArguments:
 
     def __post_init__(self):
         check_ranges(self, LORA_RANGES)
+        for f in fields(self):
+            usual = f.default_factory() if f.default is MISSING else f.default
+            if f.name.startswith("lora_") and not self.use_peft and getattr(self, f.name) != usual:
+                raise ValueError(f"{f.name} does nothing without use_peft: true")
 
     @property
     def lora(self) -> dict:
@@ -1159,7 +1163,10 @@ def print_plan(script_args, args, config, model_config, numbers: dict, fsdp, pef
         if peft_config:
             from peft import get_peft_model
 
-            model = get_peft_model(model, copy.deepcopy(peft_config))
+            try:
+                model = get_peft_model(model, copy.deepcopy(peft_config))
+            except ValueError as e:  # layers that are not there
+                raise UserError(f"use_peft: {first_line(e)}") from None
     parameters = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     processes, batch = args.world_size, args.per_device_train_batch_size
@@ -1314,12 +1321,7 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
     then = read_recipe(earlier) if earlier else None
     if then:
         keep_step(earlier, then, args, fsdp is not None)
-    try:
-        steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp, peft_config)
-    except ValueError as e:
-        if not peft_config:
-            raise
-        raise UserError(f"use_peft: {first_line(e)}") from None
+    steps, obstacle = print_plan(script_args, args, config, model_config, numbers, fsdp, peft_config)
     if script_args.dry_run:
         say(f"dry run: it cannot fit: {obstacle}" if obstacle else "dry run: stopping before the first step")
         sys.exit(1 if obstacle else 0)

@@ -88,6 +88,7 @@ def run(name: str, command: list[str], work: Path) -> dict | None:
                 ("estimate", r"memory: about ([\d.,]+) GiB"),
                 ("tokens", r"rows, ([\d,]+) tokens"),
                 ("rows", r"([\d,]+) rows"),
+                ("lora", r"([\d,]+) of them learned \(LoRA\)"),
             ):
                 if match := re.search(pattern, line):
                     found[key] = float(match[1].replace(",", ""))
@@ -117,12 +118,16 @@ def main():
     args, more = parser.parse_known_args()
     recipe = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     ways = {name: way for name, way in recipe["ways"].items() if name in (args.only or recipe["ways"])}
+    if unknown := set(args.only or []) - set(recipe["ways"]):
+        sys.exit(f"--only: {args.config} has no way {', '.join(unknown)}; its ways are {', '.join(recipe['ways'])}")
     model = args.work / f"llama-{args.hidden_size}-{args.layers}"
-    if not (model / "config.json").exists():
+    if not (model / "tokenizer_config.json").exists():  # written last
         making = (model, args.tokenizer, args.hidden_size, args.layers)
         maker = get_context("spawn").Process(target=make_model, args=making)  # what it takes of the GPU is given back
         maker.start()
         maker.join()
+        if maker.exitcode:
+            sys.exit(f"no model with the tokenizer {args.tokenizer} could be made; why stands above")
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -135,9 +140,11 @@ def main():
             common = ["--model_name_or_path", model, "--max_steps", args.steps, *COMMON.split(), *more]
             if name == "trl sft":
                 ours = yaml.safe_load((ROOT / "configs/three_kingdoms/train.yaml").read_text(encoding="utf-8"))
-                rows = args.work / "rows"  # load_dataset takes a folder
-                rows.mkdir(exist_ok=True)
-                shutil.copy(args.train_file or ROOT / ours["train_file"], rows / "train.jsonl")
+                rows, train_file = args.work / "rows", args.train_file or ROOT / ours["train_file"]
+                if not train_file.exists():
+                    sys.exit(f"there is no file {train_file}; {args.config} says how it is made")
+                rows.mkdir(exist_ok=True)  # load_dataset takes a folder
+                shutil.copy(train_file, rows / "train.jsonl")
                 here = [] if cuda else ["--use_cpu", "true", "--bf16", "false"]
                 command = ["trl.scripts.sft", "--dataset_name", rows, *here, *common]
             else:
@@ -160,8 +167,10 @@ def main():
     gathered = 2 * (config.vocab_size * config.hidden_size + parameters // config.num_hidden_layers)
     for name, results in found.items():
         rate = statistics.median(result["rate"] for result in results)
-        lora, told = "small_gpu" in ways[name], results[0]
-        row = told["tokens"] / told["rows"] if "tokens" in told else 0
+        told = results[0]
+        lora = "lora" in told
+        rows = told if "rows" in told else found.get("configs/three_kingdoms", [{}])[0]  # what `trl sft` has, too
+        row = rows["tokens"] / rows["rows"] if rows else 0
         flops = (4 if lora else 6) * parameters + 6 * config.num_hidden_layers * config.hidden_size * row
         ratio = f"{rate / statistics.median(r['rate'] for r in reference):.2f}" if reference else "–"
         most = max(result["peak"] for result in results)

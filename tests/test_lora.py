@@ -83,6 +83,7 @@ def test_what_is_learned_stays_in_fp32(recipe, tmp_path):
     ("given", "said"),
     [
         (("--lora_r", "0"), "lora_r must be from 1 to"),
+        (("--use_peft", "false"), "lora_r does nothing without use_peft: true"),
         (("--lora_target_modules", "nowhere"), "use_peft: "),
         (("--lora_target_modules", "lm_head"), "lm_head"),
     ],
