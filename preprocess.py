@@ -104,6 +104,10 @@ TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, Attri
 class UserError(Exception):
     """A mistake of the user: told in one sentence, without a traceback, exit code 2."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.split())  # it may hold what was given: lines, or any length
+        super().__init__(line if len(line) <= 1500 else f"{line[:1500]} …")
+
 
 @dataclass
 class PreprocessArguments:

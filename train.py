@@ -84,6 +84,10 @@ TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, Attri
 class UserError(Exception):
     """A mistake of the user: told in one sentence, without a traceback, exit code 2."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.split())  # it may hold what was given: lines, or any length
+        super().__init__(line if len(line) <= 1500 else f"{line[:1500]} …")
+
 
 class BadNumbers(Exception):
     """Loss, gradient or a module's output is not finite: told by the process that saw it, exit code 3."""
@@ -446,7 +450,10 @@ def prepare(
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
     if packing:
-        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        try:
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        except ValueError as e:  # a strategy that TRL does not know
+            raise UserError(first_line(e)) from None
     elif args.max_length:
         dataset = Dataset.from_list([{k: v[: args.max_length] for k, v in row.items()} for row in dataset])
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -1260,6 +1267,8 @@ def main(script_args: ScriptArguments, args: TrainingArguments, config: str):
         raise UserError("resume_from_checkpoint is Trainer's own; here it is `resume: auto`, `never` or a checkpoint")
     if args.fsdp or args.deepspeed:
         raise UserError("fsdp and deepspeed are not set here but by `accelerate launch --config_file FILE`")
+    if not isinstance(args.model_init_kwargs or {}, dict):
+        raise UserError(f"model_init_kwargs must hold `key: value` pairs, not {args.model_init_kwargs!r}")
     if args.packing and not args.max_length:
         raise UserError("packing needs max_length")
     if args.push_to_hub or args.hub_token:  # a token would be pickled into each checkpoint's training_args.bin
